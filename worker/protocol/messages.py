@@ -1,0 +1,312 @@
+"""What processes say to each other. Frozen, typed, versioned; nothing here knows HTTP or torch.
+
+Fronts and the orchestrator speak first (`Hello`), engines and fronts answer with `State` twice a
+second and whenever it changes. A change of meaning here needs a new VERSION: processes of two
+versions refuse each other instead of guessing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that crosses a process border."""
+
+
+# --- both ways ---------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message on every connection; the answer is a `State`."""
+
+    peer: str  # role and name, such as "front chat"
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True):
+    """One served model as its engine sees it."""
+
+    id: str
+    kind: str
+    status: str  # unloaded | loading | loaded | broken
+    display_name: str
+    weight_bytes: int = 0  # 0 while unknown
+    device: str | None = None
+    problem: str | None = None  # for status broken: what is wrong, where, what to run
+    details: dict[str, Any] = {}  # context length, tokenizer hash … when known
+
+
+class State(Message, frozen=True, kw_only=True):
+    """What a process can say of itself without doing any work."""
+
+    name: str  # "engine chat", "front media"
+    pid: int
+    started_at: float  # wall clock, seconds since the epoch
+    status: str  # starting | loading | ready | draining | failed
+    models: tuple[ModelState, ...] = ()
+    active: int = 0  # requests being worked on
+    waiting: int = 0
+    device: str | None = None
+    device_total_bytes: int = 0
+    device_free_bytes: int = 0  # as the driver (or the operating system, for a CPU) says
+    rss_bytes: int = 0
+    counters: dict[str, int] = {}
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Take nothing new; finish what runs. From the orchestrator to a front."""
+
+    grace_s: float
+
+
+class EngineNotice(Message, frozen=True, kw_only=True):
+    """What the orchestrator knows about an engine that does not answer, for the front's /health."""
+
+    name: str
+    cause: str | None  # None: it runs
+    next_try_s: float | None = None  # seconds from now; None: it will not be tried again
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """The request with this id ends here."""
+
+    request_id: str
+    code: str  # WorkerError.code
+    status: int
+    error: str
+    retry_after_s: float | None = None
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """Stop working on this request; its last event is a `Failed` with code "cancelled"."""
+
+    request_id: str
+
+
+# --- chat --------------------------------------------------------------------------------------
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are drawn. None is off; formulas and sources: docs/http-api.md#sampling."""
+
+    max_tokens: int
+    temperature: float = 0.7  # 0 is greedy
+    top_p: float = 0.9
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Run a causal language model over messages, or over a raw prompt without a template."""
+
+    request_id: str
+    model: str  # catalog id
+    messages: tuple[ChatMessage, ...] = ()
+    prompt: str | None = None  # given: `messages` is empty and no template is applied
+    sampling: Sampling
+    deadline_s: float  # from the arrival of this message
+
+
+class Render(Message, frozen=True, kw_only=True):
+    """Turn messages into token ids and run nothing."""
+
+    request_id: str
+    model: str
+    messages: tuple[ChatMessage, ...] = ()
+    prompt: str | None = None
+
+
+class Rendered(Message, frozen=True, kw_only=True):
+    request_id: str
+    text: str
+    ids: list[int]
+    template: str | None
+    tokenizer_sha256: str
+    context_tokens: int
+
+
+class Token(Message, frozen=True, kw_only=True):
+    """New text of a running request. Concatenated, the texts are exactly the completion."""
+
+    request_id: str
+    text: str  # may be empty: a token that ends inside a character, or inside a stop string
+    completion_tokens: int  # so far
+
+
+class Generated(Message, frozen=True, kw_only=True):
+    """The end of a `Generate`."""
+
+    request_id: str
+    text: str
+    finish_reason: str  # stop | length
+    stop_string: str | None
+    prompt_tokens: int
+    completion_tokens: int  # including the end token
+    receipt: dict[str, Any]
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+# --- image and video ---------------------------------------------------------------------------
+
+
+class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Every effective parameter of an image or video job; nothing is filled in after this."""
+
+    prompt: str
+    negative_prompt: str | None  # None: none was sent, and none is used
+    width: int  # pixels
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int  # of the first image; image i has seed + i
+    num_images: int = 1
+    frames: int = 1  # video: 4n + 1
+    fps: int = 16
+    scheduler: str | None = None  # None: the model's own
+    shift: float | None = None  # flow shift of WAN schedulers
+
+
+class RenderJob(Message, frozen=True, kw_only=True):
+    """Make the images or the video of a job and stage the files in `staging_dir`."""
+
+    request_id: str  # the job id
+    model: str
+    output: str  # image | video
+    params: RenderParams
+    staging_dir: str
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """Where a job is. Steps count over all its images."""
+
+    request_id: str
+    phase: str  # load | encode | denoise | decode | save
+    step: int
+    steps: int
+
+
+class AssetFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished file in the job's staging folder."""
+
+    file: str  # name inside the folder
+    thumbnail: str
+    type: str  # image | video
+    mime_type: str
+    width: int
+    height: int
+    seed: int
+    size_bytes: int
+    sha256: str
+    frames: int | None = None
+    fps: int | None = None
+    duration_s: float | None = None
+
+
+class JobRendered(Message, frozen=True, kw_only=True):
+    """The end of a `RenderJob`."""
+
+    request_id: str
+    assets: tuple[AssetFile, ...]
+    receipt: dict[str, Any]
+    seconds: dict[str, float]  # per phase
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+class LoadModel(Message, frozen=True, kw_only=True):
+    request_id: str
+    model: str
+
+
+class UnloadModel(Message, frozen=True, kw_only=True):
+    """Give the model's memory back; waits until running work is done."""
+
+    request_id: str
+    model: str
+
+
+class ModelChanged(Message, frozen=True, kw_only=True):
+    """The end of a `LoadModel` or `UnloadModel`."""
+
+    request_id: str
+    model: str
+    changed: bool  # False: it was so already
+    seconds: float
+
+
+# --- the orchestrator's control socket -----------------------------------------------------------
+
+
+class ChildReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the status table."""
+
+    name: str
+    pid: int | None
+    status: str  # waiting | starting | loading | ready | draining | failed | stopped
+    port: int | None = None
+    models: tuple[str, ...] = ()
+    rss_bytes: int = 0
+    failures: int = 0
+    cause: str | None = None
+    next_try_s: float | None = None
+    uptime_s: float = 0.0
+
+
+class StatusQuery(Message, frozen=True, kw_only=True):
+    request_id: str
+
+
+class StatusReport(Message, frozen=True, kw_only=True):
+    request_id: str
+    pid: int
+    profile: str
+    status: str  # starting | ready | degraded | draining
+    uptime_s: float
+    children: tuple[ChildReport, ...]
+
+
+class StopQuery(Message, frozen=True, kw_only=True):
+    """Drain and stop; the answer is a `StatusReport` with status "draining"."""
+
+    request_id: str
+
+
+AnyMessage = (
+    Hello
+    | State
+    | Drain
+    | EngineNotice
+    | Failed
+    | Cancel
+    | Generate
+    | Render
+    | Rendered
+    | Token
+    | Generated
+    | RenderJob
+    | Progress
+    | JobRendered
+    | LoadModel
+    | UnloadModel
+    | ModelChanged
+    | StatusQuery
+    | StatusReport
+    | StopQuery
+)
