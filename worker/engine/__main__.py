@@ -1,0 +1,83 @@
+"""Start one engine process: `python -m worker.engine chat|media --profile PATH`.
+
+Started and watched by orchestrator.py; of no use alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+import setproctitle
+
+from worker import log as worker_log
+from worker.catalog import chat_catalog, media_catalog, preload_ids
+from worker.config import Settings, load_settings
+from worker.engine.host import Engine, EngineHost, Outbox
+from worker.errors import ConfigError
+from worker.lifeline import die_with_parent
+from worker.protocol.transport import socket_path
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("chat", "media"))
+    parser.add_argument("--profile", required=True)
+    args = parser.parse_args()
+    name = f"engine {args.kind}"
+    setproctitle.setproctitle(f"verbatim {name}")
+    worker_log.set_up(name)
+    die_with_parent()
+    try:
+        settings = load_settings(args.profile, os.environ)
+        host = EngineHost(socket_path(settings.state_dir, name), name)
+        signal.signal(signal.SIGTERM, lambda *_: host.stop())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides when to stop
+        devices: list[str] = []
+        host.run(lambda outbox: _build(args.kind, settings, outbox, devices), lambda: devices[0])
+    except ConfigError as exc:
+        log.critical("%s", exc)
+        return 3  # as gunicorn does for an app that cannot start: trying again cannot help
+    return 0
+
+
+def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) -> Engine:
+    # Imported here, with the socket already open: torch and diffusers take seconds.
+    import diffusers
+    import transformers
+
+    from worker.engine.device import open_device
+
+    # Progress bars and advice for people at a terminal; this output is a log file.
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    device = open_device(settings.daemon.device, settings.daemon.threads)
+    devices.append(device.type)
+    if kind == "chat":
+        from worker.engine.chat.engine import ChatEngine
+
+        catalog = chat_catalog(settings)
+        return ChatEngine(
+            catalog, preload_ids(catalog, settings.chat.preload), device, settings.state_dir, outbox
+        )
+    from worker.engine.media.engine import MediaEngine
+
+    catalog = media_catalog(settings)
+    return MediaEngine(
+        catalog,
+        preload_ids(catalog, settings.media.preload),
+        settings.media.max_resident,
+        device,
+        settings.state_dir,
+        outbox,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""WAN 2.1 text-to-video through diffusers' own pipeline.
+
+The pipeline's text path repairs and trims a prompt before it is encoded (HTML entities, runs of
+spaces, mis-decoded characters). Here the prompt is encoded as it arrived and handed over as
+embeddings, so nothing is changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from worker.catalog import ModelSpec
+from worker.engine.media.components import component_hashes
+from worker.engine.media.files import Frames
+from worker.engine.media.schedulers import fresh_wan
+from worker.engine.media.sdxl import OnStep
+from worker.errors import ModelUnavailable, PromptTooLong
+from worker.modelfiles import require_files, weight_bytes
+from worker.protocol.messages import RenderParams
+
+# Positions of the text encoder that WAN 2.1 was trained with (text_len of its own config).
+TEXT_TOKENS = 512
+
+
+class Wan:
+    """A loaded WAN pipeline. Engine thread only."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path):
+        """Raises ModelUnavailable."""
+        from diffusers import AutoencoderKLWan, WanPipeline
+
+        require_files(spec)
+        self.components = component_hashes(spec, state_dir)
+        self.weight_bytes = weight_bytes(spec)
+        try:
+            # The VAE stays in float32, as its publishers run it: its decode shows banding in
+            # half precision.
+            vae = AutoencoderKLWan.from_pretrained(
+                str(spec.path),
+                subfolder="vae",
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+            pipeline = WanPipeline.from_pretrained(
+                str(spec.path),
+                vae=vae,
+                dtype=getattr(torch, spec.dtype),
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as exc:
+            raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
+        self._pipeline = pipeline.to(device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._own_scheduler = self._pipeline.scheduler
+        self._device = device
+        # As its file says, not as a tokenizer class of the library rebuilds it: that one drops
+        # the byte fallback, and every emoji would become <unk>.
+        self._tokenizer = Tokenizer.from_file(str(spec.path / "tokenizer" / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._pad_id = int(self._pipeline.text_encoder.config.pad_token_id)
+
+    def describe(self) -> dict[str, Any]:
+        return {"components": self.components, "pipeline": type(self._pipeline).__name__}
+
+    def token_counts(self, text: str) -> dict[str, int]:
+        """Tokens of `text`, end token included. Raises PromptTooLong above TEXT_TOKENS."""
+        count = len(self._tokenizer.encode(text).ids)
+        if count > TEXT_TOKENS:
+            raise PromptTooLong(
+                f"the text has {count} tokens and the video's text encoder takes "
+                f"{TEXT_TOKENS}; shorten it"
+            )
+        return {"tokenizer": count}
+
+    def frames(self, params: RenderParams, on_step: OnStep) -> Frames:
+        """All frames of one video, (frames, height, width, 3)."""
+        pipeline = self._pipeline
+        pipeline.scheduler = fresh_wan(self._own_scheduler, params.scheduler, params.shift)
+        guided = params.guidance_scale > 1
+
+        def step_done(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(index + 1)
+            return tensors
+
+        result = pipeline(
+            prompt_embeds=self.encode(params.prompt),
+            # Guidance needs a second text; when none was sent it is the empty one.
+            negative_prompt_embeds=self.encode(params.negative_prompt or "") if guided else None,
+            width=params.width,
+            height=params.height,
+            num_frames=params.frames,
+            num_inference_steps=params.steps,
+            guidance_scale=params.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(params.seed),
+            output_type="np",
+            max_sequence_length=TEXT_TOKENS,
+            callback_on_step_end=step_done,
+        )
+        video = result.frames[0]  # (frames, height, width, 3) float in 0 .. 1
+        return np.asarray((video * 255).round(), dtype=np.uint8)
+
+    @torch.inference_mode()
+    def encode(self, text: str) -> torch.Tensor:
+        """Embeddings (1, TEXT_TOKENS, width) of the text as it is, zero after its last token."""
+        pipeline = self._pipeline
+        ids = self._tokenizer.encode(text).ids
+        padded = ids + [self._pad_id] * (TEXT_TOKENS - len(ids))
+        mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device=self._device)
+        mask[0, : len(ids)] = 1
+        hidden = pipeline.text_encoder(
+            torch.tensor([padded], device=self._device), mask
+        ).last_hidden_state  # (1, TEXT_TOKENS, width)
+        embeddings: torch.Tensor = hidden * mask.unsqueeze(-1).to(hidden.dtype)
+        return embeddings.to(pipeline.transformer.dtype)
+
+    @property
+    def scheduler_class(self) -> str:
+        """The class that made the last video."""
+        return type(self._pipeline.scheduler).__name__
