@@ -1,0 +1,47 @@
+"""JSON bodies, read strictly: the declared type, the allowed size, no constants beyond JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flask import Request
+
+from worker.errors import InvalidRequest, UnsupportedMediaType
+
+# A client that stops sending in the middle of its body keeps a thread; this long at most.
+BODY_TIMEOUT_S = 20.0
+
+
+def read_json(request: Request) -> Any:
+    """The parsed body. Raises UnsupportedMediaType, InvalidRequest, or 413 by werkzeug."""
+    if not request.is_json:
+        raise UnsupportedMediaType(
+            "the body must be JSON with the header Content-Type: application/json"
+        )
+    client = request.environ.get("gunicorn.socket")
+    if client is not None:
+        client.settimeout(BODY_TIMEOUT_S)
+    try:
+        data = request.get_data(cache=False)
+    except TimeoutError as exc:
+        raise InvalidRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from exc
+    finally:
+        if client is not None:
+            client.settimeout(None)
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {exc.start})") from exc
+    except RecursionError as exc:
+        raise InvalidRequest("the body is nested too deeply") from exc
+    except json.JSONDecodeError as exc:
+        raise InvalidRequest(
+            f"the body is not valid JSON (line {exc.lineno}, column {exc.colno})"
+        ) from exc
+    except ValueError as exc:  # a constant, or a whole number of thousands of digits
+        raise InvalidRequest("the body has a number that is not valid JSON") from exc
+
+
+def _refuse_constant(_: str) -> Any:
+    raise ValueError("a constant that is not JSON")

@@ -1,0 +1,96 @@
+"""GET /metrics for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flask import Blueprint, Response
+from flask.typing import ResponseReturnValue
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from worker.front.admission import Admission
+from worker.front.health import Reporter
+from worker.jobs.table import JobTable
+
+# Seconds: /health is below the first, a video above the last but one.
+_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 90)
+
+
+class HttpMetrics:
+    """Counts and times of HTTP answers."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._answers = Counter(
+            "verbatim_http_requests",
+            "HTTP answers by route, method and status.",
+            ("route", "method", "status"),
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "verbatim_http_seconds",
+            "Seconds from a request's headers to the end of its answer's headers.",
+            ("route",),
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._answers.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+
+class EngineMetrics(Collector):
+    """What the engine last said of itself, read when somebody scrapes."""
+
+    def __init__(self, reporter: Reporter, admission: Admission, table: JobTable | None):
+        self._reporter = reporter
+        self._admission = admission
+        self._table = table
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._reporter.link.view.state
+        yield _gauge("verbatim_engine_up", "1 while the engine answers.", state is not None)
+        yield _gauge(
+            "verbatim_requests_in_flight",
+            "Requests of this port that run or wait.",
+            self._admission.taken,
+        )
+        if self._table is not None:
+            jobs = GaugeMetricFamily("verbatim_jobs", "Jobs by status.", labels=["status"])
+            for status, count in self._table.counts().items():
+                jobs.add_metric([status], count)
+            yield jobs
+        if state is None:
+            return
+        yield _gauge("verbatim_engine_waiting", "Requests waiting in the engine.", state.waiting)
+        yield _gauge("verbatim_engine_active", "Requests being worked on.", state.active)
+        yield _gauge("verbatim_engine_rss_bytes", "Resident memory.", state.rss_bytes)
+        yield _gauge("verbatim_device_free_bytes", "Free device memory.", state.device_free_bytes)
+        loaded = GaugeMetricFamily("verbatim_model_loaded", "1 while loaded.", labels=["model"])
+        for model in state.models:
+            loaded.add_metric([model.id], float(model.status == "loaded"))
+        yield loaded
+        # Totals since the engine's start: it restarts on its own, so they are gauges here.
+        totals = GaugeMetricFamily(
+            "verbatim_engine_total", "Totals since the engine started.", labels=["what"]
+        )
+        for name, value in state.counters.items():
+            totals.add_metric([name], value)
+        yield totals
+
+
+def blueprint(registry: CollectorRegistry) -> Blueprint:
+    bp = Blueprint("metrics", __name__)
+
+    @bp.get("/metrics")
+    def metrics_route() -> ResponseReturnValue:
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+
+    return bp
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=float(value))
