@@ -1,0 +1,169 @@
+"""The running orchestrator: one loop over ticks, the control socket and the view."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import zmq
+
+from worker.config import Settings
+from worker.errors import WorkerError
+from worker.protocol.messages import StatusReport, StopQuery
+from worker.protocol.transport import make_run_dir, run_dir
+from worker.supervisor.child import Child
+from worker.supervisor.spawn import Spawner, child_specs
+from worker.supervisor.standin import HttpStandIn
+from worker.supervisor.supervisor import Supervisor
+from worker.supervisor.view import LiveView, PlainView, curl_lines, open_view
+from worker.supervisor.wire import ChildWire, ControlServer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+SHOW_EVERY_S = 0.5
+
+
+class AlreadyRunning(WorkerError):
+    """Another orchestrator holds this state folder, or something else holds a port."""
+
+
+def run(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Start everything and stay until told to stop. False when running work was cut short.
+
+    Raises AlreadyRunning. Must be called on the main thread.
+    """
+    with _lock(settings.state_dir):
+        _require_free_ports(settings)
+        return _Daemon(settings, environment).run()
+
+
+class _Daemon:
+    """Owns everything the loop touches; main thread only."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str]):
+        self._settings = settings
+        self._started = time.monotonic()
+        make_run_dir(settings.state_dir)
+        specs = child_specs(settings)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._wire = ChildWire(context, settings.state_dir, [spec.name for spec in specs])
+        self._control = ControlServer(context, settings.state_dir)
+        self._poller = zmq.Poller()
+        self._wire.register(self._poller)
+        self._control.register(self._poller)
+        spawner = Spawner(settings.state_dir / "logs", environment)
+        self._supervisor = Supervisor(
+            specs,
+            spawner,
+            self._wire,
+            HttpStandIn(settings.server.host),
+            spawner.last_words,
+            settings.daemon.grace_s,
+            settings.daemon.kill_after_s,
+            time.monotonic,
+        )
+        self._view: LiveView | PlainView = open_view(curl_lines(settings, environment))
+
+    def run(self) -> bool:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: self._supervisor.stop())
+        shown_at = 0.0
+        try:
+            while not self._supervisor.done:
+                now = time.monotonic()
+                self._supervisor.tick(now)
+                self._answer_queries(now)
+                if now - shown_at >= SHOW_EVERY_S:
+                    shown_at = now
+                    self._view.show(self._report(now))
+                self._poller.poll(int(TICK_S * 1000))
+            self._view.show(self._report(time.monotonic()))
+        finally:
+            self._view.close()
+            self._control.close()
+            self._wire.close()
+            _remove_run_dir(self._settings.state_dir)
+        return bool(self._supervisor.drained)
+
+    def _answer_queries(self, now: float) -> None:
+        for peer, query in self._control.receive():
+            if isinstance(query, StopQuery):
+                self._supervisor.stop()
+            report = self._report(now, query.request_id)
+            self._control.reply(peer, report)
+
+    def _report(self, now: float, request_id: str = "") -> StatusReport:
+        return StatusReport(
+            request_id=request_id,
+            pid=os.getpid(),
+            profile=self._settings.profile_name,
+            status=self._supervisor.status(),
+            uptime_s=now - self._started,
+            children=tuple(
+                child.report(now, rss_bytes(child)) for child in self._supervisor.children
+            ),
+        )
+
+
+def rss_bytes(child: Child) -> int:
+    """Resident bytes of a child and of its own children (gunicorn's worker)."""
+    if child.process is None:
+        return 0
+    try:
+        process = psutil.Process(child.process.pid)
+        family = [process, *process.children(recursive=True)]
+        return sum(one.memory_info().rss for one in family)
+    except psutil.Error:  # it ended between two looks; the next tick reaps it
+        return 0
+
+
+@contextmanager
+def _lock(state_dir: Path) -> Iterator[None]:
+    """Hold the state folder; the kernel lets go of it when we die, however that happens."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "orchestrator.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            file.seek(0)
+            pid = file.read().strip() or "unknown"
+            raise AlreadyRunning(
+                f"an orchestrator (pid {pid}) already runs with the state folder {state_dir}; "
+                "stop it with: python orchestrator.py stop"
+            ) from exc
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _require_free_ports(settings: Settings) -> None:
+    server = settings.server
+    for key, port in (("chat_port", server.chat_port), ("media_port", server.media_port)):
+        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((server.host, port))
+            except OSError as exc:
+                raise AlreadyRunning(
+                    f"port {port} on {server.host} cannot be used ({exc.strerror}); stop what "
+                    f"listens there, or set [server] {key} or VERBATIM_{key.upper()}"
+                ) from exc
+
+
+def _remove_run_dir(state_dir: Path) -> None:
+    """Children remove their sockets when they end in order; killed ones leave theirs."""
+    folder = run_dir(state_dir)
+    for path in folder.glob("*.sock"):
+        path.unlink(missing_ok=True)
+    folder.rmdir()

@@ -1,0 +1,113 @@
+"""Starting children: their command lines, environments and log files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from worker.config import KEY_NAMES, REPOSITORY, Settings
+from worker.lifeline import PARENT_VARIABLE
+from worker.supervisor.child import ChildSpec
+
+MAX_LOG_BYTES = 10 << 20
+# Engines run models on files; no secret of the pod is any of their business.
+_NOT_FOR_ENGINES = (
+    *KEY_NAMES,
+    "SUPABASE_SERVICE_KEY",
+    "SUPABASE_SERVICE_ROLE_KEY",
+    "UPSTASH_REDIS_REST_TOKEN",
+    "JOB_CALLBACK_SECRET",
+    "HF_TOKEN",
+)
+# A library that misses a file must fail, not fetch it.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# Two engines share the CPU. By default OpenMP's threads spin for their next piece of work, and two
+# processes that spin on the same cores starve each other: a 0.3 s picture of the demo model took 3
+# to 34 s beside a second one on 2 cores. With this it takes 0.5 s alone and 0.8 s beside another
+# (docs/decisions/0005).
+_PATIENT = {"GOMP_SPINCOUNT": "3000"}
+
+
+def child_specs(settings: Settings) -> list[ChildSpec]:
+    """The processes of a profile, engines first."""
+    profile = ("--profile", str(settings.profile_path))
+    return [
+        ChildSpec("engine chat", ("-m", "worker.engine", "chat", *profile)),
+        ChildSpec("engine media", ("-m", "worker.engine", "media", *profile)),
+        ChildSpec(
+            "front chat", ("-m", "worker.front", "chat", *profile), settings.server.chat_port
+        ),
+        ChildSpec(
+            "front media", ("-m", "worker.front", "media", *profile), settings.server.media_port
+        ),
+    ]
+
+
+class Spawner:
+    """Starts processes whose output goes to one log file each."""
+
+    def __init__(self, logs: Path, environment: Mapping[str, str]):
+        self._logs = logs
+        self._environment = dict(environment)
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
+        """Must be called on the main thread: the kernel ends a child with the thread that made it
+        (worker/lifeline.py)."""
+        path = self.log_path(spec.name)
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        with path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *spec.arguments],
+                cwd=REPOSITORY,
+                env=child_environment(self._environment, is_front=spec.is_front),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C in the terminal is for the orchestrator alone; it ends them in order.
+                start_new_session=True,
+            )
+
+    def log_path(self, name: str) -> Path:
+        return self._logs / f"{name.replace(' ', '-')}.log"
+
+    def last_words(self, name: str) -> str:
+        """The last line of a child's log that tells of an error, shortened."""
+        try:
+            with self.log_path(name).open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+                lines = file.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return ""
+        return pick_cause(lines)
+
+
+def child_environment(environment: Mapping[str, str], *, is_front: bool) -> dict[str, str]:
+    """What a child gets of our environment."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if is_front or name not in _NOT_FOR_ENGINES
+    }
+    return (_PATIENT | kept) | {
+        PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONUNBUFFERED": "1",
+        **_OFFLINE,
+    }
+
+
+def pick_cause(lines: Sequence[str]) -> str:
+    """The line that says why, of the last lines of a log: the last exception or error. Pure."""
+    for line in reversed(lines):
+        text = line.strip()
+        if " CRITICAL " in text or " ERROR " in text or text.startswith(("Error:", "error:")):
+            return text.split("] ", 1)[-1][:300]
+        head = text.split(":", 1)[0]
+        if head.replace(".", "").replace("_", "").isalnum() and head.endswith(("Error", "Exit")):
+            return text[:300]
+    return ""
