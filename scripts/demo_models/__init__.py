@@ -1,0 +1,1 @@
+"""What is inside the demo models: their vocabularies and their networks."""
