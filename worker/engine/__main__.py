@@ -21,6 +21,8 @@ from worker.errors import ConfigError
 from worker.lifeline import die_with_parent
 from worker.protocol.transport import socket_path
 
+NICE = 5
+
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +35,8 @@ def main() -> int:
     setproctitle.setproctitle(f"verbatim {name}")
     worker_log.set_up(name)
     die_with_parent()
+    # Where both compute on the CPU, what answers at once goes before what takes its time.
+    os.nice(NICE)
     try:
         settings = load_settings(args.profile, os.environ)
         host = EngineHost(socket_path(settings.state_dir, name), name)

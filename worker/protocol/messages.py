@@ -277,7 +277,7 @@ class StatusReport(Message, frozen=True, kw_only=True):
     request_id: str
     pid: int
     profile: str
-    status: str  # starting | ready | degraded | draining
+    status: str  # starting | ready | degraded | draining | stopped
     uptime_s: float
     children: tuple[ChildReport, ...]
 

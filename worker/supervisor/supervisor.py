@@ -110,9 +110,9 @@ class Supervisor:
             self._wind_down(now)
 
     def status(self) -> str:
-        """One word for all: starting | ready | degraded | draining."""
+        """One word for all: starting | ready | degraded | draining | stopped."""
         if self.stopping:
-            return "draining"
+            return "stopped" if self.done else "draining"
         if all(child.is_ready() for child in self.children):
             models = [
                 model for child in self.children if child.state for model in child.state.models
