@@ -32,17 +32,15 @@ _PATIENT = {"GOMP_SPINCOUNT": "3000"}
 
 
 def child_specs(settings: Settings) -> list[ChildSpec]:
-    """The processes of a profile, engines first."""
+    """The processes of a profile."""
     profile = ("--profile", str(settings.profile_path))
+    server = settings.server
     return [
+        # First, so that the ports answer before the engines' imports take the CPU.
+        ChildSpec("front chat", ("-m", "worker.front", "chat", *profile), server.chat_port),
+        ChildSpec("front media", ("-m", "worker.front", "media", *profile), server.media_port),
         ChildSpec("engine chat", ("-m", "worker.engine", "chat", *profile)),
         ChildSpec("engine media", ("-m", "worker.engine", "media", *profile)),
-        ChildSpec(
-            "front chat", ("-m", "worker.front", "chat", *profile), settings.server.chat_port
-        ),
-        ChildSpec(
-            "front media", ("-m", "worker.front", "media", *profile), settings.server.media_port
-        ),
     ]
 
 
