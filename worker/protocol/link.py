@@ -193,7 +193,7 @@ class Link:
     def _event(self, client: Client, event: Message | Connected | Disconnected) -> None:
         match event:
             case Connected():
-                client.send(Hello(peer=self._me))
+                client.answer_connected(Hello(peer=self._me))
             case Disconnected():
                 self._lose_engine()
             case State():

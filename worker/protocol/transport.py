@@ -171,6 +171,17 @@ class Client:
         except zmq.Again as exc:
             raise NotConnected(str(exc)) from exc
 
+    def answer_connected(self, message: Message) -> None:
+        """Send the first message after `Connected`.
+
+        The other side may be gone again by now; then `Disconnected` comes next, and nothing is
+        lost.
+        """
+        try:
+            self.send(message)
+        except NotConnected:
+            return
+
     def close(self) -> None:
         self._socket.disable_monitor()
         self._socket.close()

@@ -49,7 +49,7 @@ class ChildWire:
             while (event := client.receive()) is not None:
                 match event:
                     case Connected():
-                        client.send(Hello(peer=ME))
+                        client.answer_connected(Hello(peer=ME))
                     case Disconnected():
                         heard.append((name, None))
                     case State():
@@ -111,7 +111,9 @@ def ask_orchestrator(
             poller.poll(100)
             while (event := client.receive()) is not None:
                 if isinstance(event, Connected):
-                    client.send(query(request_id=uuid.uuid4().hex))
+                    client.answer_connected(query(request_id=uuid.uuid4().hex))
+                elif isinstance(event, Disconnected):
+                    return None
                 elif isinstance(event, StatusReport):
                     return event
         return None
