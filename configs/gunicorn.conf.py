@@ -4,7 +4,7 @@ import os
 
 from worker.config import load_settings
 from worker.front import app, wsgi
-from worker.lifeline import die_with_parent
+from worker.lifeline import die_with_any_thread, die_with_parent
 
 _name = os.environ[wsgi.NAME_VARIABLE]
 _settings = load_settings(os.environ[wsgi.PROFILE_VARIABLE], os.environ)
@@ -30,3 +30,4 @@ control_socket_disable = True  # the orchestrator has one
 
 def post_fork(server, worker):  # names are gunicorn's
     die_with_parent(parent=worker.ppid)
+    die_with_any_thread()

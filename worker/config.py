@@ -237,8 +237,13 @@ def state_dir(env: Mapping[str, str]) -> Path:
 
 
 def read_keys(env: Mapping[str, str]) -> tuple[str, ...]:
-    """The configured Bearer keys, of the variables in KEY_NAMES that are set and not blank."""
-    return tuple(dict.fromkeys(env[name] for name in KEY_NAMES if env.get(name, "").strip()))
+    """The configured Bearer keys, of the variables in KEY_NAMES that are set and not blank.
+
+    Without the white space around them: a secret read from a file often ends with a newline, and
+    no header can carry one.
+    """
+    keys = (env.get(name, "").strip() for name in KEY_NAMES)
+    return tuple(dict.fromkeys(key for key in keys if key))
 
 
 def check_exposure(settings: Settings, keys: Sequence[str]) -> None:

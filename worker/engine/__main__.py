@@ -18,7 +18,7 @@ from worker.catalog import chat_catalog, media_catalog, preload_ids
 from worker.config import Settings, load_settings
 from worker.engine.host import Engine, EngineHost, Outbox
 from worker.errors import ConfigError
-from worker.lifeline import die_with_parent
+from worker.lifeline import die_with_any_thread, die_with_parent
 from worker.protocol.transport import socket_path
 
 NICE = 5
@@ -35,6 +35,7 @@ def main() -> int:
     setproctitle.setproctitle(f"verbatim {name}")
     worker_log.set_up(name)
     die_with_parent()
+    die_with_any_thread()
     # Where both compute on the CPU, what answers at once goes before what takes its time.
     os.nice(NICE)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from worker.engine.device import translated
 from worker.engine.host import Outbox, Ticket
 from worker.errors import WorkerError
+from worker.log import request_scope
 from worker.protocol.link import failed
 from worker.protocol.messages import Message
 
@@ -17,11 +18,12 @@ log = logging.getLogger(__name__)
 def answer(outbox: Outbox, ticket: Ticket, work: Callable[[], Message | None]) -> bool:
     """Run `work` and send its message, if it has one, or its error. False after an error."""
     try:
-        with translated():
+        with request_scope(ticket.request_id), translated():
             reply = work()
     except WorkerError as exc:
         if exc.status >= 500:
-            log.error("%s: %s", ticket.request_id, exc)
+            with request_scope(ticket.request_id):
+                log.error("%s", exc)
         outbox.send(ticket, failed(ticket.request_id, exc))
         return False
     if reply is not None:

@@ -6,29 +6,57 @@ import json
 from typing import Any
 
 from flask import Request
+from werkzeug.exceptions import ClientDisconnected
 
-from worker.errors import InvalidRequest, UnsupportedMediaType
+from worker.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 
 # A client that stops sending in the middle of its body keeps a thread; this long at most.
 BODY_TIMEOUT_S = 20.0
 
 
 def read_json(request: Request) -> Any:
-    """The parsed body. Raises UnsupportedMediaType, InvalidRequest, or 413 by werkzeug."""
+    """The parsed body. Raises UnsupportedMediaType, InvalidRequest or TooLarge."""
+    _require_json(request)
+    return _parse(_read(request))
+
+
+def read_optional_json(request: Request) -> Any:
+    """As `read_json`, but None when there is no body at all."""
+    data = _read(request)
+    if not data:
+        return None
+    _require_json(request)
+    return _parse(data)
+
+
+def _require_json(request: Request) -> None:
     if not request.is_json:
         raise UnsupportedMediaType(
             "the body must be JSON with the header Content-Type: application/json"
         )
+
+
+def _read(request: Request) -> bytes:
     client = request.environ.get("gunicorn.socket")
     if client is not None:
         client.settimeout(BODY_TIMEOUT_S)
     try:
         data = request.get_data(cache=False)
-    except TimeoutError as exc:
-        raise InvalidRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from exc
+    except ClientDisconnected as exc:
+        raise InvalidRequest(
+            f"the body did not arrive whole, or stopped for {BODY_TIMEOUT_S:g} s"
+        ) from exc
     finally:
         if client is not None:
             client.settimeout(None)
+    # Without a declared length werkzeug reads up to the limit and says nothing of the rest.
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(data) >= limit:
+        raise TooLarge(f"the body is larger than {limit} bytes, the most this worker takes")
+    return data
+
+
+def _parse(data: bytes) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:

@@ -27,7 +27,12 @@ from worker.errors import (
 from worker.front import errors
 from worker.front.admission import Admission
 from worker.front.bodies import read_json
-from worker.jobs.decode import real_number, refuse_lone_surrogates, whole_number
+from worker.jobs.decode import (
+    real_number,
+    refuse_lone_surrogates,
+    shown_key,
+    whole_number,
+)
 from worker.protocol.link import HungUp, Link, Mailbox
 from worker.protocol.messages import (
     ChatMessage,
@@ -56,8 +61,7 @@ COMMENT_EVERY_S = 15.0
 # How much longer than its deadline the front waits for an engine that should have answered.
 ENGINE_GRACE_S = 5.0
 
-_KNOWN = {
-    "messages",
+_COMPLETION_KEYS = {
     "max_tokens",
     "temperature",
     "top_p",
@@ -68,11 +72,9 @@ _KNOWN = {
     "frequency_penalty",
     "stop",
     "seed",
-    "model",
-    "stream",
-    "sfw_mode",
     "deadline_s",
 }
+_KNOWN = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,7 @@ class ChatParser:
             raise InvalidRequest("the body must be a JSON object with a messages list")
         messages, extra = self._messages(body.get("messages"))
         stream = _flag(body, "stream")
-        ignored = sorted({key for key in body if key not in _KNOWN} | extra)
+        ignored = sorted({shown_key(key) for key in body if key not in _KNOWN} | extra)
         return ChatRequest(
             messages=messages,
             model=self._model(body.get("model")),
@@ -129,14 +131,14 @@ class ChatParser:
             parameters = {}
         if not isinstance(parameters, dict):
             raise InvalidRequest("parameters must be an object")
-        mapped = {key: value for key, value in parameters.items() if key in _KNOWN}
+        mapped = {key: value for key, value in parameters.items() if key in _COMPLETION_KEYS}
         if "max_new_tokens" in parameters:
             mapped["max_tokens"] = parameters["max_new_tokens"]
         if parameters.get("do_sample") is not None and not _flag(parameters, "do_sample"):
             mapped["temperature"] = 0
         used = {"max_new_tokens", "do_sample", "return_full_text", *mapped}
-        ignored = [key for key in body if key not in ("inputs", "parameters", "model")]
-        ignored += [f"parameters.{key}" for key in parameters if key not in used]
+        ignored = [shown_key(key) for key in body if key not in ("inputs", "parameters", "model")]
+        ignored += [f"parameters.{shown_key(key)}" for key in parameters if key not in used]
         name = body.get("model")
         parsed = ChatRequest(
             prompt=inputs,
@@ -166,7 +168,9 @@ class ChatParser:
             chars += len(content)
             self._check_text(f"messages[{index}].content", content, chars)
             messages.append(ChatMessage(role, content))
-            extra |= {f"messages[].{key}" for key in item if key not in ("role", "content")}
+            extra |= {
+                f"messages[].{shown_key(key)}" for key in item if key not in ("role", "content")
+            }
         return tuple(messages), extra
 
     def _check_text(self, name: str, text: str, total_chars: int) -> None:
@@ -218,7 +222,12 @@ class ChatService:
             sampling=parsed.sampling,
             deadline_s=parsed.deadline_s,
         )
-        return Generation(self._link, self._link.submit(message), slot, parsed.deadline_s)
+        try:
+            mailbox = self._link.submit(message)
+        except BaseException:
+            slot.leave(served=False)
+            raise
+        return Generation(self._link, mailbox, slot, parsed.deadline_s)
 
     def render(self, parsed: ChatRequest, request_id: str) -> Rendered:
         """The prompt that `parsed` would run, as text and ids."""
@@ -244,6 +253,7 @@ class Generation:
         self._deadline_s = deadline_s
         self._ends = time.monotonic() + deadline_s + ENGINE_GRACE_S
         self._done = False
+        self._closed = False
 
     def wait(self, timeout_s: float, client: socket.socket | None) -> Token | Generated | None:
         """The next event, None after `timeout_s`.
@@ -252,12 +262,12 @@ class Generation:
         the engine should have answered and did not.
         """
         left_s = self._ends - time.monotonic()
-        if left_s <= 0:
-            raise DeadlineExceeded(f"not complete within the deadline of {self._deadline_s:g} s")
         try:
             event = self._mailbox.wait(min(timeout_s, left_s), client)
         except HungUp as exc:
             raise Cancelled("the client hung up") from exc
+        if event is None and left_s <= timeout_s:
+            raise DeadlineExceeded(f"not complete within the deadline of {self._deadline_s:g} s")
         if isinstance(event, Failed):
             self._done = True
             raise errors.relayed(event)
@@ -274,7 +284,10 @@ class Generation:
                 return event
 
     def close(self) -> None:
-        """Stop the engine's work if it is not done, and free the place."""
+        """Stop the engine's work if it is not done, and free the place. Once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         if not self._done:
             self._link.cancel(self._mailbox.request_id)
         self._link.release(self._mailbox)
@@ -419,7 +432,7 @@ def _stream(
     """Server-sent events. What fails before the first event still gets its own status."""
     try:
         first = generation.wait(STREAM_STARTS_S, client)
-    except WorkerError:
+    except BaseException:
         generation.close()
         raise
     request_id = g.request_id
@@ -451,7 +464,10 @@ def _stream(
         finally:
             generation.close()
 
-    return sse_response(events())
+    answer = sse_response(events())
+    # A stream that is closed before its first piece was asked for never enters `events`.
+    answer.call_on_close(generation.close)
+    return answer
 
 
 def sse(data: dict[str, Any]) -> str:

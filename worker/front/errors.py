@@ -17,18 +17,21 @@ from worker.protocol.messages import Failed
 
 log = logging.getLogger(__name__)
 
+_BUG = "unexpected error; the worker's log has it under this id"
 _CODES = {
     400: "invalid_request",
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
     415: "unsupported_media_type",
+    500: WorkerError.code,
 }
 _TEXTS = {
     400: "the request cannot be read",
     404: "there is no such route",
     405: "this route does not take this method",
     413: "the body is larger than this worker takes",
+    500: _BUG,
 }
 
 
@@ -52,7 +55,7 @@ def register(app: Flask) -> None:
     @app.errorhandler(Exception)
     def bug(error: Exception) -> Response:
         log.error("unexpected error", exc_info=error)
-        return response(WorkerError("unexpected error; the worker's log has it under this id"))
+        return response(WorkerError(_BUG))
 
 
 def response(error: WorkerError) -> Response:

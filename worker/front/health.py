@@ -141,7 +141,6 @@ class Reporter:
                 "status": states[spec.id].status if spec.id in states else "unknown",
                 "device": states[spec.id].device if spec.id in states else None,
                 "weight_bytes": states[spec.id].weight_bytes if spec.id in states else 0,
-                "problem": states[spec.id].problem if spec.id in states else None,
                 **(states[spec.id].details if spec.id in states else {}),
             }
             for spec in self.catalog.specs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,6 +24,9 @@ from worker.jobs.decode import decode_job
 from worker.jobs.job import Job, Status
 from worker.jobs.runner import JobRunner
 from worker.jobs.table import JobTable
+from worker.protocol.link import hung_up
+
+log = logging.getLogger(__name__)
 
 # A pod's public proxy cuts an answer at 100 s.
 MAX_WAIT_S = 90.0
@@ -61,13 +66,17 @@ class MediaService:
     def cancel(self, job_id: str) -> Job:
         """Ask for the end and wait a moment for it."""
         self._runner.cancel(job_id)
-        return self.wait(job_id, CANCEL_WAIT_S)
+        return self.wait(job_id, CANCEL_WAIT_S, None)
 
-    def wait(self, job_id: str, timeout_s: float) -> Job:
-        """The job when it is final, or as it is after `timeout_s`."""
-        for job in self.changes(job_id, timeout_s):
-            if job is not None and job.status.is_final:
-                return job
+    def wait(self, job_id: str, timeout_s: float, client: socket.socket | None) -> Job:
+        """The job when it is final, or as it is after `timeout_s`, when `client` has hung up, or
+        now when too many wait already: what was asked has been taken in any case."""
+        try:
+            for job in self.changes(job_id, timeout_s):
+                if hung_up(client) or (job is not None and job.status.is_final):
+                    break
+        except Busy:
+            log.info("too many wait for jobs; this one is told the state of now")
         return self.get(job_id)
 
     def changes(self, job_id: str, timeout_s: float) -> Iterator[Job | None]:
@@ -112,10 +121,7 @@ def blueprint(
         wait_s = wanted_wait_s(request.headers.get("Prefer"))
         job, is_new = service.accept(body, key)
         if wait_s and not job.status.is_final:
-            try:
-                job = service.wait(job.id, wait_s)
-            except Busy:  # too many wait already; the job itself is accepted
-                job = service.get(job.id)
+            job = service.wait(job.id, wait_s, request.environ.get("gunicorn.socket"))
         answer = jsonify(service.view(job))
         answer.status_code = 200 if job.status.is_final else 202
         answer.headers["Location"] = f"/jobs/{job.id}"
@@ -158,6 +164,7 @@ def blueprint(
         service.get(job_id)  # an unknown id is a 404, not a stream
         changes = service.changes(job_id, timeout_s=3600)
         first = next(changes)  # takes the watcher's place now, while a 429 can still be said
+        client = request.environ.get("gunicorn.socket")
 
         def events() -> Iterator[str]:
             quiet_since = time.monotonic()
@@ -168,6 +175,8 @@ def blueprint(
                     quiet_since = time.monotonic()
                     if job.status.is_final:
                         yield "data: [DONE]\n\n"
+                elif hung_up(client):
+                    return
                 elif time.monotonic() - quiet_since > COMMENT_EVERY_S:
                     yield ": still there\n\n"
                     quiet_since = time.monotonic()
@@ -207,7 +216,7 @@ def blueprint(
 
 def wanted_wait_s(prefer: str | None) -> float:
     """Seconds of `Prefer: wait=N` (RFC 7240), at most MAX_WAIT_S; 0 when there is none."""
-    match = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+)", prefer or "")
+    match = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+)", prefer or "", re.IGNORECASE)
     return min(float(match[1]), MAX_WAIT_S) if match else 0.0
 
 

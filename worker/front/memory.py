@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 
 from worker.catalog import ModelSpec
 from worker.errors import InvalidRequest
-from worker.front.bodies import read_json
+from worker.front.bodies import read_optional_json
 from worker.front.chat import ask
 from worker.front.health import GB, Reporter, chat_loaded
 from worker.protocol.messages import LoadModel, ModelChanged, UnloadModel
@@ -77,9 +77,11 @@ def blueprint(reporter: Reporter, default: str) -> Blueprint:
 
     def wanted(when_absent: str) -> tuple[ModelSpec, ...]:
         which: Any = request.args.get("which")
-        if which is None and request.content_length:
-            body = read_json(request)
-            which = body.get("which") if isinstance(body, dict) else None
+        body = read_optional_json(request)
+        if body is not None and not isinstance(body, dict):
+            raise InvalidRequest('the body must be a JSON object such as {"which": "all"}')
+        if which is None and body is not None:
+            which = body.get("which")
         if which is None:
             which = when_absent
         if not isinstance(which, str):

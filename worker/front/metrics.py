@@ -19,6 +19,9 @@ from worker.jobs.table import JobTable
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 90)
 
 
+METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
+
+
 class HttpMetrics:
     """Counts and times of HTTP answers."""
 
@@ -38,7 +41,9 @@ class HttpMetrics:
         )
 
     def observe(self, route: str, method: str, status: int, seconds: float) -> None:
-        self._answers.labels(route, method, str(status)).inc()
+        # A client may invent methods; each label value is kept for ever.
+        known = method if method in METHODS else "other"
+        self._answers.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
 

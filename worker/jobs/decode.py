@@ -7,6 +7,8 @@ refused, never dropped. docs/http-api.md#jobs.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -18,7 +20,6 @@ from worker.config import Limits
 from worker.errors import InvalidRequest, OutOfRange, Unsupported
 from worker.jobs import types
 from worker.protocol.messages import RenderParams
-from worker.receipt import canonical_json
 
 # Keys that ask for a picture to start from, or for weights on words. Doing the job without them
 # would be another job.
@@ -31,6 +32,8 @@ _REFERENCE_KEYS = (
     "image",
 )
 _FLAG_KEYS = ("exact_copy_mode", "compel_enabled", "loras")
+MAX_SHOWN_KEY_CHARS = 100
+
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
@@ -49,7 +52,7 @@ class JobRequest:
     params: RenderParams
     ignored: tuple[str, ...]
     adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
-    body: bytes = b""  # canonical JSON of what arrived, to tell a repeat from another job
+    body: str = ""  # fingerprint of what arrived, to tell a repeat from another job
 
 
 def decode_job(body: Any, catalog: Catalog, limits: Limits) -> JobRequest:
@@ -108,7 +111,7 @@ class _Decoder:
             params=params,
             ignored=self._ignored(),
             adjusted=self._adjusted,
-            body=canonical_json(self._body),
+            body=_fingerprint(self._body),
         )
 
     # --- what is made --------------------------------------------------------------------------
@@ -187,8 +190,9 @@ class _Decoder:
         return width, height
 
     def _steps(self, job_type: types.JobType) -> int:
+        # "steps" first: it names the value in errors, where "inference" must not stand.
         steps = self._integer(
-            "num_inference_steps", "steps", "sample_steps", default=job_type.steps
+            "steps", "num_inference_steps", "sample_steps", default=job_type.steps
         )
         return _within("steps", steps, 1, self._limits.steps)
 
@@ -284,10 +288,12 @@ class _Decoder:
         return real_number(keys[0], self._first(*keys), default)
 
     def _ignored(self) -> tuple[str, ...]:
-        names = [
-            f"{table}.{key}" if table else key for table, values in self._tables() for key in values
-        ]
-        return tuple(sorted(name for name in names if name not in self._used))
+        names = (
+            (f"{table}.{key}" if table else key, f"{table}.{shown_key(key)}".removeprefix("."))
+            for table, values in self._tables()
+            for key in values
+        )
+        return tuple(sorted(shown for name, shown in names if name not in self._used))
 
 
 def whole_number(name: str, value: Any, default: T) -> int | T:
@@ -324,6 +330,21 @@ def refuse_lone_surrogates(name: str, text: str) -> None:
                 f"{name} has an unpaired surrogate (U+{ord(char):04X}) at character {index}; "
                 "it is not a Unicode text"
             )
+
+
+def shown_key(key: str) -> str:
+    """A client's key as answers may repeat it: short, and a text that UTF-8 can hold."""
+    short = key if len(key) <= MAX_SHOWN_KEY_CHARS else key[:MAX_SHOWN_KEY_CHARS] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()
+
+
+def _fingerprint(body: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a body, the same for the same values however they were written."""
+    try:
+        # Escaped to ASCII, because an ignored text may hold what UTF-8 cannot.
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    except RecursionError as exc:
+        raise InvalidRequest("the body is nested too deeply") from exc
 
 
 def _within(name: str, value: N, least: float, most: float) -> N:

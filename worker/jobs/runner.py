@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from worker.errors import EngineUnavailable
+from worker.errors import EngineLost, EngineUnavailable
 from worker.jobs.job import Job, Status
 from worker.jobs.table import JobTable
 from worker.log import request_scope
@@ -139,7 +139,12 @@ class JobRunner:
         log.info("completed with %d files", len(done.assets))
 
     def _fail(self, job: Job, failure: Failed) -> None:
-        lost = failure.code in ("engine_lost", EngineUnavailable.code)
+        lost = failure.code in (EngineLost.code, EngineUnavailable.code)
+        if lost and self._table.get(job.id).cancel_requested:
+            self._table.update(
+                job.id, status=Status.CANCELLED, error=failure.error, error_code="cancelled"
+            )
+            return
         if failure.code == EngineUnavailable.code:
             # It never reached an engine, so this does not count.
             self._table.update(job.id, status=Status.QUEUED, phase=None, attempts=job.attempts - 1)

@@ -82,6 +82,15 @@ class Mailbox:
         self._waker.close()
 
 
+def hung_up(client: socket.socket | None) -> bool:
+    """Whether the other end of an HTTP connection has closed it."""
+    if client is None:
+        return False
+    poll = select.poll()
+    poll.register(client.fileno(), _HANG_UP)
+    return bool(poll.poll(0))
+
+
 @dataclass(frozen=True, slots=True)
 class EngineView:
     """What is known of an engine now, for reports."""
