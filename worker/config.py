@@ -205,15 +205,13 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
     loaded = _parse(Profile, _read_toml(path), path)
     catalog_path = configs / "models.toml"
     catalog = _parse(CatalogFile, _read_toml(catalog_path), catalog_path)
-    server = loaded.server
-    for key, variable in (("chat_port", "CHAT_PORT"), ("media_port", "MEDIA_PORT")):
-        raw = env.get(f"VERBATIM_{variable}")
-        if raw:
-            server = _override_port(server, key, f"VERBATIM_{variable}", raw)
+    server = _override_ports(loaded.server, env)
     by_id = {entry.id: entry for entry in catalog.models}
     _refuse_twice(catalog.models, catalog_path)
     _refuse_twice(loaded.models, path)
-    by_id |= {entry.id: entry for entry in loaded.models}
+    for entry in loaded.models:
+        by_id.pop(entry.id, None)  # so that the profile's come last, and in its own order
+        by_id[entry.id] = entry
     models = [_override_path(entry, env) for entry in by_id.values()]
     return Settings(
         profile_name=path.stem,
@@ -335,11 +333,20 @@ def _refuse_twice(entries: Sequence[ModelEntry], path: Path) -> None:
         seen.add(entry.id)
 
 
-def _override_port(server: Server, key: str, variable: str, raw: str) -> Server:
-    try:
-        return Server.model_validate(server.model_dump() | {key: int(raw)})
-    except ValueError as exc:
-        raise ConfigError(f"{variable}={raw!r} is not a usable port (1 to 65535): {exc}") from exc
+def _override_ports(server: Server, env: Mapping[str, str]) -> Server:
+    values = server.model_dump()
+    for key in ("chat_port", "media_port"):
+        raw = env.get(f"VERBATIM_{key.upper()}")
+        if raw:
+            if not raw.isdecimal() or not 1 <= int(raw) <= 65535:
+                raise ConfigError(f"VERBATIM_{key.upper()}={raw!r} is not a port (1 to 65535)")
+            values[key] = int(raw)
+    if values["chat_port"] == values["media_port"]:
+        raise ConfigError(
+            f"with VERBATIM_CHAT_PORT and VERBATIM_MEDIA_PORT as they are set, chat_port and "
+            f"media_port are both {values['chat_port']}"
+        )
+    return Server.model_validate(values)
 
 
 def _override_path(entry: ModelEntry, env: Mapping[str, str]) -> ModelEntry:

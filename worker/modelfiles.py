@@ -105,9 +105,11 @@ def read_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
             ends = [
-                entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"
+                int(entry["data_offsets"][1])
+                for key, entry in header.items()
+                if key != "__metadata__"
             ]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as exc:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as exc:
             raise ValueError("its safetensors header cannot be read") from exc
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -170,7 +172,7 @@ def _problems(spec: ModelSpec) -> Iterator[tuple[Path, str]]:
         if spec.config_path is None:
             yield spec.path, "is a single file and its catalog entry has no config_path"
         else:
-            yield from _json_problems(spec.config_path / "model_index.json")
+            yield from _config_problems(spec.config_path, _DIFFUSERS_PARTS[spec.kind])
     elif spec.kind == "chat":
         yield from _chat_problems(spec.path)
     else:
@@ -202,9 +204,32 @@ def _diffusers_problems(folder: Path, parts: tuple[str, ...]) -> Iterator[tuple[
         elif part in _WITHOUT_WEIGHTS:
             if "transformer" in parts:  # WAN: read as it is, see worker/engine/media/wan.py
                 yield from _json_problems(folder / part / "tokenizer.json")
+            else:
+                yield from _clip_tokenizer_problems(folder / part)
         else:
             yield from _json_problems(folder / part / "config.json")
             yield from _folder_weight_problems(folder / part)
+
+
+def _config_problems(folder: Path, parts: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+    yield from _json_problems(folder / "model_index.json")
+    if not folder.is_dir():
+        return
+    yield from _json_problems(folder / "scheduler" / "scheduler_config.json")
+    for part in parts:
+        if part in _WITHOUT_WEIGHTS:
+            yield from _clip_tokenizer_problems(folder / part)
+        else:
+            yield from _json_problems(folder / part / "config.json")
+
+
+def _clip_tokenizer_problems(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Without these the library makes an empty vocabulary, or one without a limit, silently."""
+    yield from _json_problems(folder / "tokenizer_config.json")
+    if not (folder / "tokenizer.json").is_file():
+        yield from _json_problems(folder / "vocab.json")
+        if not (folder / "merges.txt").is_file():
+            yield folder / "merges.txt", "is missing"
 
 
 def _folder_weight_problems(folder: Path) -> Iterator[tuple[Path, str]]:

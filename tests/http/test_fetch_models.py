@@ -83,7 +83,18 @@ TINY = {
 REPOSITORIES = {
     "org/tiny": TINY,
     "org/paint": {"paint.safetensors": weights(b"paint")},
-    "org/base": {"model_index.json": b"{}", "unet/config.json": b'{"a": 1}'},
+    "org/base": {
+        "model_index.json": b"{}",
+        "scheduler/scheduler_config.json": b"{}",
+        "text_encoder/config.json": b"{}",
+        "text_encoder_2/config.json": b"{}",
+        "tokenizer/tokenizer.json": b"{}",
+        "tokenizer/tokenizer_config.json": b"{}",
+        "tokenizer_2/tokenizer.json": b"{}",
+        "tokenizer_2/tokenizer_config.json": b"{}",
+        "unet/config.json": b'{"a": 1}',
+        "vae/config.json": b"{}",
+    },
 }
 
 
@@ -324,7 +335,15 @@ def test_a_single_file_and_its_configs_are_fetched(script: Script) -> None:
     assert script.files() == [
         "paint-config/manifest.json",
         "paint-config/model_index.json",
+        "paint-config/scheduler/scheduler_config.json",
+        "paint-config/text_encoder/config.json",
+        "paint-config/text_encoder_2/config.json",
+        "paint-config/tokenizer/tokenizer.json",
+        "paint-config/tokenizer/tokenizer_config.json",
+        "paint-config/tokenizer_2/tokenizer.json",
+        "paint-config/tokenizer_2/tokenizer_config.json",
         "paint-config/unet/config.json",
+        "paint-config/vae/config.json",
         "paint/manifest.json",
         "paint/paint.safetensors",
     ]

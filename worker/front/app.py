@@ -107,6 +107,7 @@ def create_media_app(
 def _base(front: Front, name: str) -> tuple[Flask, CollectorRegistry]:
     app = Flask(f"verbatim {name}", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = front.settings.limits.body_bytes
+    app.url_map.merge_slashes = False  # its redirects are pages, and no client follows them
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.json.ensure_ascii = False  # type: ignore[attr-defined]
     registry = CollectorRegistry()

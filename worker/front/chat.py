@@ -28,10 +28,12 @@ from worker.front import errors
 from worker.front.admission import Admission
 from worker.front.bodies import read_json
 from worker.jobs.decode import (
+    above_zero,
     real_number,
     refuse_lone_surrogates,
     shown_key,
     whole_number,
+    within,
 )
 from worker.protocol.link import HungUp, Link, Mailbox
 from worker.protocol.messages import (
@@ -196,9 +198,7 @@ class ChatParser:
     def _deadline(self, body: dict[str, Any], stream: bool) -> float:
         most = self._chat.stream_deadline_s if stream else self._chat.deadline_s
         deadline_s = real_number("deadline_s", body.get("deadline_s"), most)
-        if not 0 < deadline_s <= most:
-            raise OutOfRange(f"deadline_s is {deadline_s:g}; allowed: above 0, at most {most:g}")
-        return deadline_s
+        return above_zero("deadline_s", deadline_s, most)
 
 
 class ChatService:
@@ -490,29 +490,22 @@ def _sampling(body: dict[str, Any], max_tokens: int) -> Sampling:
     if seed is None:
         seed = secrets.randbits(DRAWN_SEED_BITS)
     return Sampling(
-        max_tokens=_between(
+        max_tokens=within(
             "max_tokens",
             whole_number("max_tokens", body.get("max_tokens"), max_tokens),
             1,
             MAX_TOKENS,
         ),
         temperature=_real(body, "temperature", 0.7, 0.0, 2.0),
-        top_p=_top_p(body),
+        top_p=above_zero("top_p", real_number("top_p", body.get("top_p"), 0.9), 1.0),
         top_k=_optional_whole(body, "top_k", -1, 10_000_000),
         min_p=_optional_real(body, "min_p", 0.0, 1.0),
         repetition_penalty=_optional_real(body, "repetition_penalty", 0.01, 10.0),
         presence_penalty=_optional_real(body, "presence_penalty", -2.0, 2.0),
         frequency_penalty=_optional_real(body, "frequency_penalty", -2.0, 2.0),
         stop=_stops(body.get("stop")),
-        seed=_between("seed", seed, 0, 2**64 - 1),
+        seed=within("seed", seed, 0, 2**64 - 1),
     )
-
-
-def _top_p(body: dict[str, Any]) -> float:
-    top_p = real_number("top_p", body.get("top_p"), 0.9)
-    if not 0 < top_p <= 1:
-        raise OutOfRange(f"top_p is {top_p:g}; allowed: above 0, at most 1 (1 is off)")
-    return top_p
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -533,7 +526,7 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _real(body: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
-    return float(_between(name, real_number(name, body.get(name), default), least, most))
+    return float(within(name, real_number(name, body.get(name), default), least, most))
 
 
 def _optional_real(body: dict[str, Any], name: str, least: float, most: float) -> float | None:
@@ -544,13 +537,7 @@ def _optional_real(body: dict[str, Any], name: str, least: float, most: float) -
 
 def _optional_whole(body: dict[str, Any], name: str, least: int, most: int) -> int | None:
     value = whole_number(name, body.get(name), None)
-    return None if value is None else int(_between(name, value, least, most))
-
-
-def _between(name: str, value: Any, least: Any, most: Any) -> Any:
-    if not least <= value <= most:
-        raise OutOfRange(f"{name} is {value}; allowed: from {least} to {most}")
-    return value
+    return None if value is None else int(within(name, value, least, most))
 
 
 def _flag(body: dict[str, Any], name: str) -> bool:

@@ -57,7 +57,7 @@ def condition(view: EngineView, draining: bool) -> Condition:
         return Condition("unavailable", (problem,), view.notice.next_try_s)
     models = view.state.models
     problems = tuple(model.problem for model in models if model.problem)
-    if view.state.status in ("starting", "loading"):
+    if view.state.status != "ready":
         return Condition(view.state.status, problems)
     if problems and all(model.problem for model in models):
         return Condition("unavailable", problems)

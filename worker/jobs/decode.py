@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ _REFERENCE_KEYS = (
 )
 _FLAG_KEYS = ("exact_copy_mode", "compel_enabled", "loras")
 MAX_SHOWN_KEY_CHARS = 100
+MAX_SHOWN_NUMBER = 2**63  # JSON may hold 1e999, which is no finite float, or a thousand digits
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -88,7 +90,7 @@ class _Decoder:
         width, height = self._size(spec, job_type)
         num_images = self._integer("num_images", "batch_size", default=1)
         most_images = self._limits.images if job_type.kind == "sdxl" else 1
-        _within("num_images", num_images, 1, most_images)
+        within("num_images", num_images, 1, most_images)
         params = RenderParams(
             prompt=prompt,
             negative_prompt=negative,
@@ -190,24 +192,23 @@ class _Decoder:
         return width, height
 
     def _steps(self, job_type: types.JobType) -> int:
-        # "steps" first: it names the value in errors, where "inference" must not stand.
-        steps = self._integer(
-            "steps", "num_inference_steps", "sample_steps", default=job_type.steps
-        )
-        return _within("steps", steps, 1, self._limits.steps)
+        # Called "steps" in errors, where no "inf" may stand.
+        given = self._first("num_inference_steps", "steps", "sample_steps")
+        steps = whole_number("steps", given, job_type.steps)
+        return within("steps", steps, 1, self._limits.steps)
 
     def _guidance(self, job_type: types.JobType) -> float:
         guidance = self._number(
             "guidance_scale", "sample_guide_scale", default=job_type.guidance_scale
         )
-        return _within("guidance_scale", guidance, *types.GUIDANCE_RANGE)
+        return within("guidance_scale", guidance, *types.GUIDANCE_RANGE)
 
     def _seed(self, num_images: int) -> int:
         most = types.MAX_SEED - (num_images - 1)
         seed = self._integer("seed", default=None, tables=("config", "", "metadata"))
         if seed is None:
             return secrets.randbelow(most + 1)
-        return _within("seed", seed, 0, most)
+        return within("seed", seed, 0, most)
 
     def _frames(self, spec: ModelSpec, job_type: types.JobType) -> int:
         if job_type.output != "video":
@@ -227,7 +228,7 @@ class _Decoder:
     def _fps(self, job_type: types.JobType) -> int:
         if job_type.output != "video":
             return 16
-        return _within("fps", self._integer("fps", default=16), *types.FPS_RANGE)
+        return within("fps", self._integer("fps", default=16), *types.FPS_RANGE)
 
     def _scheduler(self, job_type: types.JobType) -> str | None:
         wan = job_type.kind == "wan"
@@ -244,7 +245,7 @@ class _Decoder:
         if job_type.kind != "wan":
             return None
         shift = self._number("shift", "sample_shift", default=types.WAN_SHIFT)
-        return _within("shift", shift, *types.SHIFT_RANGE)
+        return within("shift", shift, *types.SHIFT_RANGE)
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -316,10 +317,27 @@ def real_number(name: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"{name} must be a number")
-    # 1e999 is JSON and no finite float; a long enough int is no float at all.
-    if abs(value) > 2**53:
-        raise OutOfRange(f"{name} is too large a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 300 digits
+        return math.inf if value > 0 else -math.inf
+
+
+def above_zero(name: str, value: float, most: float) -> float:
+    """`value`, when it is above 0 and at most `most`. Raises OutOfRange with the range."""
+    if not 0 < value <= most:
+        shown = f"{value:g}" if abs(value) <= MAX_SHOWN_NUMBER else "too large a number"
+        raise OutOfRange(f"{name} is {shown}; allowed: above 0, at most {most:g}")
+    return value
+
+
+def within(name: str, value: N, least: float, most: float) -> N:
+    """`value`, when it lies between both bounds. Raises OutOfRange with the range."""
+    if not least <= value <= most:
+        shown = f"{value}" if abs(value) <= MAX_SHOWN_NUMBER else "too large a number"
+        allowed = f"from {least} to {most}" if least != most else f"{least}"
+        raise OutOfRange(f"{name} is {shown}; allowed: {allowed}")
+    return value
 
 
 def refuse_lone_surrogates(name: str, text: str) -> None:
@@ -345,13 +363,6 @@ def _fingerprint(body: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     except RecursionError as exc:
         raise InvalidRequest("the body is nested too deeply") from exc
-
-
-def _within(name: str, value: N, least: float, most: float) -> N:
-    if not least <= value <= most:
-        allowed = f"from {least} to {most}" if least != most else f"{least}"
-        raise OutOfRange(f"{name} is {value}; allowed: {allowed}")
-    return value
 
 
 def _parse_size(value: Any) -> tuple[int, int]:

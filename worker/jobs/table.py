@@ -141,7 +141,10 @@ class JobTable:
             self._job_s += 0.3 * (job.finished_at - job.started_at - self._job_s)
 
     def _over_the_bound(self) -> list[Job]:
-        finished = [job for job in self._jobs.values() if job.status.is_final]
+        finished = sorted(
+            (job for job in self._jobs.values() if job.status.is_final),
+            key=lambda job: job.finished_at or 0.0,
+        )
         dropped = finished[: max(0, len(finished) - self._keep_finished)]
         for job in dropped:
             del self._jobs[job.id]

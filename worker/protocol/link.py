@@ -156,6 +156,7 @@ class Link:
         self._closing = True
         self._waker.wake()
         self._thread.join(timeout=5)
+        self._waker.close()
 
     def _post(self, message: Message, mailbox: Mailbox | None) -> None:
         self._commands.append((message, mailbox))

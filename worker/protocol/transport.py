@@ -83,13 +83,15 @@ class Server:
         return self._socket
 
     def receive(self) -> tuple[Peer, Message] | None:
-        """The next message, or None when none is waiting."""
-        try:
-            identity, tag, payload = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        message = _decode(tag, payload)
-        return None if message is None else (Peer(identity), message)
+        """The next message, or None when none is waiting. What is no message is skipped."""
+        while True:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            message = _decode(frames)
+            if message is not None:
+                return Peer(identity), message
 
     def send(self, peer: Peer, message: Message) -> None:
         """Raises PeerGone when the peer has disconnected."""
@@ -150,11 +152,14 @@ class Client:
         return late
 
     def _receive_message(self) -> Message | None:
-        try:
-            tag, payload = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        return _decode(tag, payload)
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            message = _decode(frames)
+            if message is not None:
+                return message
 
     def _receive_event(self) -> Connected | Disconnected | None:
         try:
@@ -184,6 +189,7 @@ class Client:
 
     def close(self) -> None:
         self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
 
@@ -247,7 +253,11 @@ def socket_path(state_dir: Path, name: str) -> Path:
     return run_dir(state_dir) / f"{name.replace(' ', '-')}.sock"
 
 
-def _decode(tag: bytes, payload: bytes) -> Message | None:
+def _decode(frames: list[bytes]) -> Message | None:
+    if len(frames) != 2:
+        log.error("refused a message of %d frames, this protocol has 2", len(frames))
+        return None
+    tag, payload = frames
     if tag != _TAG:
         shown = tag[:32].decode("ascii", "replace")
         log.error("refused a message of protocol %s, this is %s; restart the daemon", shown, _TAG)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class HttpStandIn:
         if port in self._servers:
             return
         try:
-            server = ThreadingHTTPServer((self._host, port), _handler(report))
+            server = _server_class(self._host)((self._host, port), _handler(report))
         except OSError as exc:
             log.error("cannot explain on port %d either: %s", port, exc)
             return
@@ -66,6 +67,13 @@ def answer(report: ChildReport) -> tuple[bytes, float | None]:
         "next_try_s": next_try,
     }
     return json.dumps(body).encode(), next_try
+
+
+def _server_class(host: str) -> type[ThreadingHTTPServer]:
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    return Server
 
 
 def _handler(report: Callable[[], ChildReport]) -> type[BaseHTTPRequestHandler]:

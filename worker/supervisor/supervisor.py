@@ -95,7 +95,7 @@ class Supervisor:
     @property
     def done(self) -> bool:
         """Stopped, with no child left."""
-        return self.stopping and all(child.process is None for child in self.children)
+        return self.drained is not None and all(child.process is None for child in self.children)
 
     def tick(self, now: float) -> None:
         """Look at every child once. Never blocks."""
@@ -217,6 +217,9 @@ class Supervisor:
         if all(front.process is None for front in fronts):
             for child in self.children:
                 self._end(child, now)
+        for child in self.children:
+            if child.process is None:  # it waited for a start that does not come any more
+                child.terminated_at = child.terminated_at or now
 
     def _end(self, child: Child, now: float) -> None:
         """SIGTERM once, SIGKILL when that has not been enough."""

@@ -95,8 +95,10 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform_number: float) -> int
     """
     if sampling.temperature == 0:
         return int(torch.argmax(logits))
-    ordered, ids = torch.sort(logits / sampling.temperature, descending=True, stable=True)
-    probabilities = torch.softmax(ordered.double(), dim=0)
+    ordered, ids = torch.sort(logits, descending=True, stable=True)
+    # The difference to the largest is divided, so that no temperature overflows.
+    scaled = (ordered - ordered[0]).double() / sampling.temperature
+    probabilities = torch.softmax(scaled, dim=0)
     keep = len(ids)
     if sampling.top_k is not None and sampling.top_k > 0:
         keep = min(keep, sampling.top_k)

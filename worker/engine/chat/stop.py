@@ -25,35 +25,41 @@ class StopScanner:
         if not self._stops:
             return text
         self._held += text
-        hits = [(self._held.find(stop), order) for order, stop in enumerate(self._stops)]
-        first = min((hit for hit in hits if hit[0] >= 0), default=None)
-        # An earlier beginning that is still incomplete may yet win over a complete later one.
-        open_from = self._open_from()
-        if first is not None and first[0] <= open_from:
-            self.found = self._stops[first[1]]
-            shown, self._held = self._held[: first[0]], ""
-            return shown
-        shown, self._held = self._held[:open_from], self._held[open_from:]
+        hit, open_ = self._first_hit(), self._first_open()
+        # What begins earlier, or at the same place and was given before, may yet win.
+        if hit is not None and (open_ is None or hit < open_):
+            return self._cut(hit)
+        show = len(self._held) if open_ is None else open_[0]
+        shown, self._held = self._held[:show], self._held[show:]
         return shown
 
     def finish(self) -> str:
         """What was held back when the text ends without the rest of a stop string."""
         if self.found is not None:
             return ""
-        # An incomplete earlier beginning has failed; a complete one behind it counts now.
-        hits = [(self._held.find(stop), order) for order, stop in enumerate(self._stops)]
-        first = min((hit for hit in hits if hit[0] >= 0), default=None)
-        if first is not None:
-            self.found = self._stops[first[1]]
-            return self._held[: first[0]]
+        # What was incomplete has failed; a complete one behind it counts now.
+        hit = self._first_hit()
+        if hit is not None:
+            return self._cut(hit)
         shown, self._held = self._held, ""
         return shown
 
-    def _open_from(self) -> int:
-        """Where the earliest tail begins that is a proper beginning of a stop string."""
+    def _cut(self, hit: tuple[int, int]) -> str:
+        self.found = self._stops[hit[1]]
+        shown, self._held = self._held[: hit[0]], ""
+        return shown
+
+    def _first_hit(self) -> tuple[int, int] | None:
+        """(begin, order) of the first complete stop string."""
+        hits = [(self._held.find(stop), order) for order, stop in enumerate(self._stops)]
+        return min((hit for hit in hits if hit[0] >= 0), default=None)
+
+    def _first_open(self) -> tuple[int, int] | None:
+        """(begin, order) of the first tail that is a proper beginning of a stop string."""
         longest = max(len(stop) for stop in self._stops) - 1
-        for start in range(max(0, len(self._held) - longest), len(self._held)):
-            tail = self._held[start:]
-            if any(len(tail) < len(stop) and stop.startswith(tail) for stop in self._stops):
-                return start
-        return len(self._held)
+        for begin in range(max(0, len(self._held) - longest), len(self._held)):
+            tail = self._held[begin:]
+            for order, stop in enumerate(self._stops):
+                if len(tail) < len(stop) and stop.startswith(tail):
+                    return begin, order
+        return None

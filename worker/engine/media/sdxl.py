@@ -26,6 +26,7 @@ class Sdxl:
     def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path):
         """Raises ModelUnavailable."""
         from diffusers import StableDiffusionXLPipeline
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
 
         require_files(spec)
         self.components = component_hashes(spec, state_dir)
@@ -46,7 +47,8 @@ class Sdxl:
                 pipeline = StableDiffusionXLPipeline.from_pretrained(
                     str(spec.path), use_safetensors=True, **options
                 )
-        except (OSError, ValueError, KeyError, RuntimeError) as exc:
+            _require_weights(pipeline)
+        except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
         self._pipeline = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
@@ -99,3 +101,12 @@ class Sdxl:
     def scheduler_class(self) -> str:
         """The class that made the last picture."""
         return type(self._pipeline.scheduler).__name__
+
+
+def _require_weights(pipeline: Any) -> None:
+    """Raise ValueError for a weight without a value: a single file may lack it, unnoticed."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            for name, weight in module.named_parameters():
+                if weight.is_meta:
+                    raise ValueError(f"it has no weight for {part}.{name}")

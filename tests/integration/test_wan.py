@@ -1,0 +1,74 @@
+"""WAN's prompt is encoded as it arrived, and otherwise the video is the pipeline's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from worker.catalog import media_catalog
+from worker.config import load_settings
+from worker.engine.media.wan import TEXT_TOKENS, Wan
+from worker.errors import PromptTooLong
+from worker.protocol.messages import RenderParams
+
+PARAMS: dict[str, Any] = {
+    "width": 96,
+    "height": 96,
+    "steps": 2,
+    "guidance_scale": 5.0,
+    "seed": 3,
+    "frames": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Wan:
+    spec = media_catalog(load_settings("demo", {})).default("wan")
+    return Wan(spec, torch.device("cpu"), tmp_path_factory.mktemp("state"))
+
+
+@pytest.mark.parametrize("negative", [None, "a green sphere"])
+def test_a_prompt_that_needs_no_repair_gives_the_pipelines_own_video(wan, negative):
+    params = RenderParams(prompt="a red cube moves left", negative_prompt=negative, **PARAMS)
+
+    ours = wan.frames(params, lambda step: None)
+
+    theirs = wan._pipeline(
+        prompt=params.prompt,
+        negative_prompt=negative,
+        width=96,
+        height=96,
+        num_frames=5,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="np",
+    ).frames[0]
+    assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("prompt", ["a &amp; b", "a & b", "a b 😀", "a b 😁"])
+def test_no_two_texts_become_one(wan, prompt):
+    others = {"a &amp; b", "a & b", "a b 😀", "a b 😁", "a b"} - {prompt}
+
+    assert not any(torch.equal(wan.encode(prompt), wan.encode(other)) for other in others)
+
+
+def test_a_prompt_over_the_encoders_length_is_refused(wan):
+    with pytest.raises(PromptTooLong, match=str(TEXT_TOKENS)):
+        wan.token_counts("red " * TEXT_TOKENS)
+
+
+def test_the_scheduler_and_its_shift_are_what_was_asked_for(wan):
+    videos = [
+        wan.frames(
+            RenderParams(prompt="a", negative_prompt=None, scheduler=name, shift=shift, **PARAMS),
+            lambda step: None,
+        ).tobytes()
+        for name, shift in (("unipc", 5.0), ("dpm++", 5.0), ("euler", 5.0), ("unipc", 2.0))
+    ]
+
+    assert len(set(videos)) == len(videos)
