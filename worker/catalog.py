@@ -83,7 +83,7 @@ def chat_catalog(settings: Settings) -> Catalog:
     default = settings.chat.default_model
     if default is None:
         # Clients that send no model mean qwen_instruct (docs/http-api.md#chat).
-        named = {name for spec in specs for name in (spec.id, *spec.aliases)}
+        named = {name.lower() for spec in specs for name in (spec.id, *spec.aliases)}
         default = "qwen_instruct" if "qwen_instruct" in named else None
     return Catalog(specs, default_chat=default)
 

@@ -27,7 +27,7 @@ from worker.protocol.transport import run_dir
 LONG = {
     "messages": [{"role": "user", "content": "a red cube"}],
     "max_tokens": 1900,
-    "temperature": 1.5,
+    "temperature": 0,
 }
 SHORT = LONG | {"max_tokens": 4}
 JOB = {"type": "sdxl_image_fast", "prompt": "a cube", "steps": 40, "width": 128, "height": 128}

@@ -292,8 +292,10 @@ def test_importing_prints_nothing_and_reads_no_file_but_source() -> None:
 import importlib, json, sys
 opened = []
 def look(event, arguments):
-    if event == "open" and str(arguments[0]).startswith({str(REPOSITORY)!r}):
-        opened.append(str(arguments[0]))
+    path = str(arguments[0]) if event == "open" else ""
+    # Libraries may look at what is installed, and .venv lies in the repository.
+    if path.startswith({str(REPOSITORY)!r}) and not path.startswith(sys.prefix):
+        opened.append(path)
 sys.addaudithook(look)
 for name in {light!r}:
     importlib.import_module(name)

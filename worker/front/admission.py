@@ -44,8 +44,6 @@ class Admission:
                     f"{self._taken} requests are running or waiting, at most {self._places} may",
                     retry_after_s=self._between_s,
                 )
-            if not self._taken:
-                self._last_leave = time.monotonic()
             self._taken += 1
         return Admission.Slot(self)
 

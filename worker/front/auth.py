@@ -42,8 +42,9 @@ class Gate:
     def check(self, level: Level, authorization: str | None) -> None:
         """Raise Unauthorized unless a caller with this Authorization header may go on.
 
-        With keys configured, a wrong key is refused even where no key is needed: its sender is
-        mistaken about something, and would not notice otherwise.
+        With keys configured, a wrong key is refused for inference even where none is needed: its
+        sender is mistaken about something, and would not notice otherwise. Open routes look at
+        none: a prober with an old key must not take a healthy worker for dead.
         """
         if level is Level.OPEN or not self._keys:
             return

@@ -111,8 +111,9 @@ class JobTable:
 
     def ask_to_cancel(self, job_id: str) -> Job:
         """A queued job is cancelled now; a running one when its engine has stopped it."""
-        job = self.get(job_id)
-        if job.status is Status.QUEUED:
+        with self._changed:  # so that the runner does not claim it between look and change
+            if self.get(job_id).status is not Status.QUEUED:
+                return self.update(job_id, cancel_requested=True)
             return self.update(
                 job_id,
                 status=Status.CANCELLED,
@@ -120,7 +121,6 @@ class JobTable:
                 error="cancelled before it began",
                 error_code="cancelled",
             )
-        return self.update(job_id, cancel_requested=True)
 
     def next_queued(self) -> Job | None:
         """The oldest queued job."""

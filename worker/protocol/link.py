@@ -177,6 +177,8 @@ class Link:
                 self._command(client, *self._commands.popleft())
             while (event := client.receive()) is not None:
                 self._event(client, event)
+        while self._commands:  # mailboxes that were released just before the end
+            self._command(client, *self._commands.popleft())
         client.close()
 
     def _command(self, client: Client, message: Message, mailbox: Mailbox | None) -> None:

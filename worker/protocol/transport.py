@@ -138,12 +138,14 @@ class Client:
         message = self._receive_message()
         if message is not None:
             return message
+        if self._late is not None:
+            return self._take_late()
         event = self._receive_event()
         if isinstance(event, Disconnected):
             # What the peer sent before it died may have arrived between the two looks.
             self._late = event
             return self._receive_message() or self._take_late()
-        return event or self._take_late()
+        return event
 
     _late: Disconnected | None = None
 

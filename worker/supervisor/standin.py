@@ -17,6 +17,7 @@ from worker.protocol.messages import ChildReport
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 5.0
+CLOSE_POLL_S = 0.02  # `close` waits this long inside a tick
 
 
 class HttpStandIn:
@@ -37,7 +38,9 @@ class HttpStandIn:
             return
         server.daemon_threads = True
         self._servers[port] = server
-        threading.Thread(target=server.serve_forever, name=f"stand-in {port}", daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, args=(CLOSE_POLL_S,), name=f"stand-in {port}", daemon=True
+        ).start()
         log.info("port %d explains why its front is down", port)
 
     def close(self, port: int) -> None:

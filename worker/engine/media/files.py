@@ -96,9 +96,10 @@ def _write_mp4(target: Path, frames: Frames, fps: int) -> None:
         stream.width = width
         stream.height = height
         stream.pix_fmt = "yuv420p"
-        # One thread: with more, the same frames give other bytes on a busy machine, and a repeated
-        # job could not be told from a different one by its hash.
-        stream.options = {"crf": VIDEO_CRF, "threads": "1"}
+        # Without it x264 picks its arithmetic by where memory happens to lie, and the same frames
+        # gave two to ten different files in 150 tries: a repeated job could not be told by its
+        # hash.
+        stream.options = {"crf": VIDEO_CRF, "x264-params": "cpu-independent=1"}
         for picture in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 container.mux(packet)
