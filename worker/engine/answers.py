@@ -9,8 +9,7 @@ from worker.engine.device import translated
 from worker.engine.host import Outbox, Ticket
 from worker.errors import WorkerError
 from worker.log import request_scope
-from worker.protocol.link import failed
-from worker.protocol.messages import Message
+from worker.protocol.messages import Message, failed
 
 log = logging.getLogger(__name__)
 

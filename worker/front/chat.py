@@ -27,7 +27,7 @@ from worker.errors import (
 from worker.front import errors
 from worker.front.admission import Admission
 from worker.front.bodies import read_json
-from worker.jobs.decode import (
+from worker.jsonvalues import (
     above_zero,
     real_number,
     refuse_lone_surrogates,

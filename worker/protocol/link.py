@@ -18,14 +18,14 @@ from pathlib import Path
 
 import zmq
 
-from worker.errors import EngineLost, EngineUnavailable, WorkerError
+from worker.errors import EngineLost, EngineUnavailable
 from worker.protocol.messages import (
     Cancel,
     EngineNotice,
-    Failed,
     Hello,
     Message,
     State,
+    failed,
 )
 from worker.protocol.transport import Client, Connected, Disconnected, NotConnected, Waker
 
@@ -240,17 +240,6 @@ class Link:
 
 class _Release(Message, frozen=True, kw_only=True):
     request_id: str
-
-
-def failed(request_id: str, error: WorkerError) -> Failed:
-    """The event that carries `error` to whoever waits for the request."""
-    return Failed(
-        request_id=request_id,
-        code=error.code,
-        status=error.status,
-        error=str(error),
-        retry_after_s=error.retry_after_s,
-    )
 
 
 def unavailable(view: EngineView, now: float) -> EngineUnavailable:

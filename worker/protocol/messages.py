@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from worker.errors import WorkerError
+
 VERSION = 1
 
 
@@ -79,6 +81,17 @@ class Failed(Message, frozen=True, kw_only=True):
     status: int
     error: str
     retry_after_s: float | None = None
+
+
+def failed(request_id: str, error: WorkerError) -> Failed:
+    """The event that carries `error` to whoever waits for the request."""
+    return Failed(
+        request_id=request_id,
+        code=error.code,
+        status=error.status,
+        error=str(error),
+        retry_after_s=error.retry_after_s,
+    )
 
 
 class Cancel(Message, frozen=True, kw_only=True):

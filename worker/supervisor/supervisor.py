@@ -81,6 +81,7 @@ class Supervisor:
         self._stop_asked = 0
         self._drain_ends: float | None = None
         self._noticed_at = float("-inf")
+        self._lost_work = False
         # Whether nothing was running when the children were told to end; None before that.
         self.drained: bool | None = None
 
@@ -141,6 +142,8 @@ class Supervisor:
             return
         child.process, child.state, child.ready_at = None, None, None
         if self.stopping:
+            # One that ends before it was told to takes its running work with it.
+            self._lost_work = self._lost_work or child.terminated_at is None
             child.terminated_at = child.terminated_at or now
             return
         child.failures += 1
@@ -210,7 +213,7 @@ class Supervisor:
             busy = any(_is_busy(front) for front in fronts)
             if busy and now < self._drain_ends and self._stop_asked < 2:
                 return
-            self.drained = not busy
+            self.drained = not busy and not self._lost_work
             log.info("drained" if self.drained else "running work is cut short")
         for child in fronts:
             self._end(child, now)

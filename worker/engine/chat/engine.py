@@ -31,7 +31,6 @@ from worker.errors import (
     InvalidRequest,
     WorkerError,
 )
-from worker.protocol.link import failed
 from worker.protocol.messages import (
     Generate,
     Generated,
@@ -41,6 +40,7 @@ from worker.protocol.messages import (
     Rendered,
     Token,
     UnloadModel,
+    failed,
 )
 from worker.receipt import ids_sha256, messages_sha256, text_sha256
 

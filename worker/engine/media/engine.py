@@ -24,7 +24,6 @@ from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
 from worker.engine.residents import Residents
 from worker.errors import Cancelled, InvalidRequest
-from worker.protocol.link import failed
 from worker.protocol.messages import (
     AssetFile,
     JobRendered,
@@ -33,6 +32,7 @@ from worker.protocol.messages import (
     Progress,
     RenderJob,
     UnloadModel,
+    failed,
 )
 from worker.receipt import text_sha256
 
