@@ -60,7 +60,12 @@ class _Daemon:
         self._poller = zmq.Poller()
         self._wire.register(self._poller)
         self._control.register(self._poller)
-        spawner = Spawner(settings.state_dir / "logs", environment)
+        # Children run in the repository's folder; a relative path would be another one there.
+        absolute = {
+            "VERBATIM_MODELS_DIR": str(settings.models_dir),
+            "VERBATIM_STATE_DIR": str(settings.state_dir),
+        }
+        spawner = Spawner(settings.state_dir / "logs", {**environment, **absolute})
         self._supervisor = Supervisor(
             specs,
             spawner,
