@@ -1,6 +1,8 @@
 # gunicorn's settings for both fronts. A front is one process with many threads: everything slow
 # happens in an engine, so threads only wait.
 import os
+import socket
+import struct
 
 from worker.config import load_settings
 from worker.front import app, wsgi
@@ -12,7 +14,7 @@ _port = _settings.server.chat_port if _name == "chat" else _settings.server.medi
 _host = _settings.server.host
 
 bind = f"[{_host}]:{_port}" if ":" in _host else f"{_host}:{_port}"
-worker_class = "gthread"
+worker_class = "worker.front.threads.FrontWorker"  # gthread, with our shape of errors
 workers = 1  # the job table and the links live in this one process
 threads = app.threads(_settings, _name)
 worker_connections = 1000
@@ -26,6 +28,17 @@ accesslog = None  # worker/front/app.py logs requests, with their ids
 errorlog = "-"
 loglevel = "warning"
 control_socket_disable = True  # the orchestrator has one
+
+
+# A client that stops in the middle of its request's head, or stops reading its answer, loses its
+# connection after this long; else it would keep a thread, and a generation, for ever.
+_READ_S, _WRITE_S = 20, 30
+
+
+def when_ready(server):
+    for listener in server.LISTENERS:  # accepted connections inherit these
+        for option, seconds in ((socket.SO_RCVTIMEO, _READ_S), (socket.SO_SNDTIMEO, _WRITE_S)):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
 
 
 def post_fork(server, worker):  # names are gunicorn's

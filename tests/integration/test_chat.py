@@ -182,6 +182,33 @@ def test_a_hang_up_stops_the_generation(daemon, stream):
     assert done == done_before  # it was stopped, not finished
 
 
+def test_a_head_that_cannot_be_read_is_refused_in_the_shape_of_all_errors(daemon):
+    host, port = daemon.chat_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(b"this is no HTTP\r\n\r\n")
+        answer = b""
+        while block := client.recv(4096):
+            answer += block
+
+    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert (body["success"], body["error_code"]) == (False, "invalid_request")
+
+
+def test_connections_have_the_time_limits_of_their_listener(daemon):
+    worker = daemon.child("front chat").children()[0]
+    host, port = daemon.chat_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\n")  # and no more
+        began = time.monotonic()
+
+        closed = client.recv(1)
+
+    assert closed == b""
+    assert 15 < time.monotonic() - began < 40  # 20 s, by configs/gunicorn.conf.py
+    assert worker.is_running()
+
+
 def test_a_deadline_ends_a_request_with_504(daemon):
     answer = post(daemon, "/chat", max_tokens=1900, temperature=0, deadline_s=0.3)
 

@@ -89,6 +89,7 @@ ALLOWED = {
         "worker.jobs",
         "worker.protocol",
     },
+    "worker.front.threads": set(),
     "worker.front.__main__": {
         "worker.config",
         "worker.front.wsgi",
@@ -132,7 +133,7 @@ LIBRARIES = {
     "flask": {"worker.front", "worker.front.wsgi"},
     "werkzeug": {"worker.front"},
     "prometheus_client": {"worker.front"},
-    "gunicorn": {"worker.front.__main__", "configs.gunicorn.conf"},
+    "gunicorn": {"worker.front.__main__", "worker.front.threads", "configs.gunicorn.conf"},
     "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor"},
     "zmq": {"worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}
     | {"worker.supervisor"},

@@ -596,15 +596,19 @@ def test_a_stop_tells_fronts_to_drain_and_ends_nothing_yet() -> None:
     assert not bench.supervisor.done
 
 
-def test_a_drain_is_told_once() -> None:
+def test_a_drain_is_told_until_the_front_confirms_it() -> None:
     bench = Bench()
     bench.begin()
     bench.supervisor.stop()
-
-    for _ in range(5):
+    for _ in range(3):
         bench.tick(1.0)
 
-    assert len(bench.told(FRONT, Drain)) == 1
+    bench.says(FRONT, "draining", active=1)
+    for _ in range(3):
+        bench.tick(1.0)
+
+    grace = [drain.grace_s for drain in bench.told(FRONT, Drain)]
+    assert grace == [GRACE_S, GRACE_S - 1, GRACE_S - 2]
 
 
 def test_a_front_that_has_not_confirmed_the_drain_may_still_take_a_request() -> None:

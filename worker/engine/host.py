@@ -33,6 +33,7 @@ from worker.vram.probe import device_memory
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 0.5
+LOOK_EVERY_S = 0.25  # how soon an idle engine sees that it should stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class EngineHost:
             self.publish(self._engine.report())
             if not self._engine.step():
                 self.publish(self._engine.report())
-                self._inbox_filled.wait()
+                self._inbox_filled.wait(LOOK_EVERY_S)
         self._waker.wake()
         self._thread.join(timeout=5)
 
@@ -142,9 +143,11 @@ class EngineHost:
             self._waker.wake()
 
     def stop(self) -> None:
-        """End `run` after the current step. Safe to call from a signal handler."""
+        """End `run` after the current step, or within LOOK_EVERY_S.
+
+        For signal handlers: it takes no lock, because the thread it interrupts may hold it.
+        """
         self._stopping = True
-        self._inbox_filled.set()
 
     # --- socket thread -------------------------------------------------------------------------
 

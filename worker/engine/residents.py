@@ -16,7 +16,7 @@ import torch
 from worker.catalog import ModelSpec
 from worker.engine.device import release_cache
 from worker.errors import ModelUnavailable
-from worker.modelfiles import check_files
+from worker.modelfiles import check_files, require_files
 from worker.protocol.messages import LoadModel, ModelChanged, ModelState, UnloadModel
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Residents(Generic[T]):
         """The model, loaded now if it was not. Raises ModelUnavailable and what loading raises."""
         model = self._models.pop(model_id, None)
         if model is None:
+            self._require_files(model_id)  # before a good model has to go for it
             self._make_room()
             model = self._load_now(model_id)
         self._models[model_id] = model  # last: the most recently used
@@ -108,6 +109,13 @@ class Residents(Generic[T]):
         started = time.monotonic()
         return _changed(message, self.drop(message.model), started)
 
+    def _require_files(self, model_id: str) -> None:
+        try:
+            require_files(self._specs[model_id])
+        except ModelUnavailable as exc:
+            self._set(model_id, status="broken", problem=str(exc))
+            raise
+
     def _make_room(self) -> None:
         while self._max_resident is not None and len(self._models) >= self._max_resident:
             self.drop(next(iter(self._models)))
@@ -121,8 +129,10 @@ class Residents(Generic[T]):
         except ModelUnavailable as exc:
             self._set(model_id, status="broken", problem=str(exc))
             raise
-        except BaseException:
-            self._set(model_id, status="unloaded")
+        except Exception as exc:
+            why = "out of device memory" if isinstance(exc, torch.OutOfMemoryError) else "an error"
+            problem = f"{model_id}: loading it ended with {why}; the engine's log has it"
+            self._set(model_id, status="broken", problem=problem)
             raise
         self.loads += 1
         self._set(

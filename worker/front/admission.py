@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from worker.errors import Busy
+
+# Requests that wait for an engine without being generations (render, load, unload), per route.
+MAX_ASKING = 4
 
 
 class Admission:
@@ -46,6 +51,15 @@ class Admission:
                 )
             self._taken += 1
         return Admission.Slot(self)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place for the length of a block. Raises Busy."""
+        slot = self.enter()
+        try:
+            yield
+        finally:
+            slot.leave(served=False)
 
     def _leave(self, served_s: float | None) -> None:
         now = time.monotonic()

@@ -53,8 +53,9 @@ class Gate:
                 return
             raise Unauthorized("this route needs a key: send it as Authorization: Bearer KEY")
         scheme, _, given = authorization.partition(" ")
-        # Every key is compared, so the time says nothing about which one was near.
-        given_bytes = given.strip().encode("utf-8", "surrogateescape")
+        # A WSGI header is its bytes as Latin-1. Every key is compared, so the time says nothing
+        # about which one was near.
+        given_bytes = given.strip().encode("latin-1", "backslashreplace")
         matches = [hmac.compare_digest(given_bytes, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("the key is wrong")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from flask import Request
@@ -41,19 +42,30 @@ def _read(request: Request) -> bytes:
     if client is not None:
         client.settimeout(BODY_TIMEOUT_S)
     try:
-        data = request.get_data(cache=False)
+        data = _read_within(request, time.monotonic() + BODY_TIMEOUT_S)
     except ClientDisconnected as exc:
-        raise InvalidRequest(
-            f"the body did not arrive whole, or stopped for {BODY_TIMEOUT_S:g} s"
-        ) from exc
+        raise _late_body() from exc
     finally:
         if client is not None:
             client.settimeout(None)
-    # Without a declared length werkzeug reads up to the limit and says nothing of the rest.
+    # Without a declared length werkzeug may stop at the limit and say nothing of the rest.
     limit = request.max_content_length
     if request.content_length is None and limit is not None and len(data) >= limit:
         raise TooLarge(f"the body is larger than {limit} bytes, the most this worker takes")
     return data
+
+
+def _read_within(request: Request, ends: float) -> bytes:
+    data = bytearray()
+    while block := request.stream.read(1 << 16):
+        data += block
+        if time.monotonic() > ends:
+            raise _late_body()
+    return bytes(data)
+
+
+def _late_body() -> InvalidRequest:
+    return InvalidRequest(f"the body did not arrive whole within {BODY_TIMEOUT_S:g} s")
 
 
 def _parse(data: bytes) -> Any:

@@ -25,7 +25,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.front import errors
-from worker.front.admission import Admission
+from worker.front.admission import MAX_ASKING, Admission
 from worker.front.bodies import read_json
 from worker.jsonvalues import (
     above_zero,
@@ -134,13 +134,17 @@ class ChatParser:
         if not isinstance(parameters, dict):
             raise InvalidRequest("parameters must be an object")
         mapped = {key: value for key, value in parameters.items() if key in _COMPLETION_KEYS}
-        if "max_new_tokens" in parameters:
+        overridden = []
+        if parameters.get("max_new_tokens") is not None:
+            overridden += ["max_tokens"] if "max_tokens" in mapped else []
             mapped["max_tokens"] = parameters["max_new_tokens"]
         if parameters.get("do_sample") is not None and not _flag(parameters, "do_sample"):
+            overridden += ["temperature"] if "temperature" in mapped else []
             mapped["temperature"] = 0
         used = {"max_new_tokens", "do_sample", "return_full_text", *mapped}
         ignored = [shown_key(key) for key in body if key not in ("inputs", "parameters", "model")]
         ignored += [f"parameters.{shown_key(key)}" for key in parameters if key not in used]
+        ignored += [f"parameters.{key}" for key in overridden]
         name = body.get("model")
         parsed = ChatRequest(
             prompt=inputs,
@@ -207,6 +211,7 @@ class ChatService:
     def __init__(self, link: Link, admission: Admission):
         self._link = link
         self._admission = admission
+        self._asking = Admission(MAX_ASKING)
         self._numbers = itertools.count(1)
 
     def begin(self, parsed: ChatRequest, request_id: str) -> Generation:
@@ -238,7 +243,8 @@ class ChatService:
             messages=parsed.messages,
             prompt=parsed.prompt,
         )
-        reply = ask(self._link, message, parsed.deadline_s)
+        with self._asking.place():
+            reply = ask(self._link, message, parsed.deadline_s)
         assert isinstance(reply, Rendered)
         return reply
 

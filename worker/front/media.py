@@ -120,6 +120,7 @@ def blueprint(
             raise InvalidRequest(f"Idempotency-Key must have 1 to {MAX_KEY_CHARS} characters")
         wait_s = wanted_wait_s(request.headers.get("Prefer"))
         job, is_new = service.accept(body, key)
+        log.info("job %s %s", job.id, "accepted" if is_new else "joined")
         if wait_s and not job.status.is_final:
             job = service.wait(job.id, wait_s, request.environ.get("gunicorn.socket"))
         answer = jsonify(service.view(job))
@@ -203,8 +204,11 @@ def blueprint(
             raise NotFound(f"the job is {job.status.value} and has {len(job.assets)} assets")
         asset = job.assets[index]
         name = asset.thumbnail if thumbnail else asset.file
+        path = runner.file(job, name)
+        if not path.is_file():  # the job was dropped as one of the oldest, just now
+            raise NotFound("there is no job with this id any more")
         return send_file(
-            runner.file(job, name),
+            path,
             mimetype="image/webp" if thumbnail else asset.mime_type,
             download_name=f"{job.id}-{name}",
             conditional=True,

@@ -10,6 +10,7 @@ from flask.typing import ResponseReturnValue
 
 from worker.catalog import ModelSpec
 from worker.errors import InvalidRequest
+from worker.front.admission import MAX_ASKING, Admission
 from worker.front.bodies import read_optional_json
 from worker.front.chat import ask
 from worker.front.health import GB, Reporter, chat_loaded
@@ -26,6 +27,7 @@ def blueprint(reporter: Reporter, default: str) -> Blueprint:
     """
     bp = Blueprint("memory", __name__)
     numbers = itertools.count(1)
+    places = Admission(MAX_ASKING)
 
     @bp.get("/memory/status")
     def status_route() -> ResponseReturnValue:
@@ -70,7 +72,8 @@ def blueprint(reporter: Reporter, default: str) -> Blueprint:
         for spec in specs:
             ticket = f"{g.request_id}#m{next(numbers)}"
             kind = LoadModel if load else UnloadModel
-            reply = ask(reporter.link, kind(request_id=ticket, model=spec.id), CHANGE_TIMEOUT_S)
+            with places.place():
+                reply = ask(reporter.link, kind(request_id=ticket, model=spec.id), CHANGE_TIMEOUT_S)
             assert isinstance(reply, ModelChanged)
             said.append(f"{spec.id} {_said(load, reply)}")
         return {"success": True, "message": "; ".join(said), "model_loaded": load}

@@ -59,7 +59,9 @@ def build() -> Flask:
 
         def unfinished() -> int:
             counts = table.counts()
-            return admission.taken + counts["queued"] + counts["processing"]
+            # Without an engine nothing queued can run; a drain need not wait for it.
+            queued = counts["queued"] if media_link.view.state is not None else 0
+            return admission.taken + queued + counts["processing"]
 
     FrontControl(socket_path(settings.state_dir, me), me, front.drainer, links, unfinished)
     return app

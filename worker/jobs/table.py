@@ -53,6 +53,8 @@ class JobTable:
             if known is not None:
                 if known.request.body != request.body:
                     raise Conflict("this id or Idempotency-Key was used with another body")
+                if key:
+                    self._keys.setdefault(key, known.id)
                 return known, False
             waiting = self._waiting()
             if len(waiting) >= max(1, self._max_waiting):

@@ -23,7 +23,7 @@ from worker.supervisor.child import Child
 from worker.supervisor.spawn import Spawner, child_specs
 from worker.supervisor.standin import HttpStandIn
 from worker.supervisor.supervisor import Supervisor
-from worker.supervisor.view import LiveView, PlainView, curl_lines, open_view
+from worker.supervisor.view import LiveView, PlainView, QuietView, curl_lines, open_view
 from worker.supervisor.wire import ChildWire, ControlServer
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class _Daemon:
             settings.daemon.kill_after_s,
             time.monotonic,
         )
-        self._view: LiveView | PlainView = open_view(curl_lines(settings, environment))
+        self._view: LiveView | PlainView | QuietView = open_view(curl_lines(settings, environment))
 
     def run(self) -> bool:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -89,15 +89,28 @@ class _Daemon:
                 self._answer_queries(now)
                 if now - shown_at >= SHOW_EVERY_S:
                     shown_at = now
-                    self._view.show(self._report(now))
+                    self._show(now)
                 self._poller.poll(int(TICK_S * 1000))
-            self._view.show(self._report(time.monotonic()))
+            self._show(time.monotonic())
         finally:
-            self._view.close()
+            self._close_view()
             self._control.close()
             self._wire.close()
             _remove_run_dir(self._settings.state_dir)
         return bool(self._supervisor.drained)
+
+    def _show(self, now: float) -> None:
+        try:
+            self._view.show(self._report(now))
+        except OSError as exc:  # a closed pipe or terminal must not end the daemon
+            log.warning("the output has gone (%s); status still answers", exc)
+            self._view = QuietView()
+
+    def _close_view(self) -> None:
+        try:
+            self._view.close()
+        except OSError as exc:
+            log.warning("the output has gone (%s)", exc)
 
     def _answer_queries(self, now: float) -> None:
         for peer, query in self._control.receive():
@@ -171,4 +184,7 @@ def _remove_run_dir(state_dir: Path) -> None:
     folder = run_dir(state_dir)
     for path in folder.glob("*.sock"):
         path.unlink(missing_ok=True)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as exc:
+        log.warning("the folder of the sockets stays: %s", exc)

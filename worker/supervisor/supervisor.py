@@ -207,9 +207,11 @@ class Supervisor:
             self._drain_ends = now + self._grace_s
             for front in fronts:
                 self._stand_in.close(front.spec.port or 0)
-                self._wire.send(front.name, Drain(grace_s=self._grace_s))
             log.info("draining, for %.0f s at most", self._grace_s)
         if self.drained is None:
+            for front in fronts:  # told until it confirms: it may have been away for a moment
+                if front.state is None or front.state.status != "draining":
+                    self._wire.send(front.name, Drain(grace_s=max(0.0, self._drain_ends - now)))
             busy = any(_is_busy(front) for front in fronts)
             if busy and now < self._drain_ends and self._stop_asked < 2:
                 return

@@ -93,7 +93,7 @@ class PlainView:
                 note = _note(child)
                 port = f" on port {child.port}" if child.port else ""
                 self._say(f"{child.name}{port}: {child.status}{f' ({note})' if note else ''}")
-        if report.status == "ready" and not self._was_ready:
+        if report.status in ("ready", "degraded") and not self._was_ready:
             self._was_ready = True
             Console(file=sys.stdout, width=120).print(table(report.children))
             self._say("Try it:")
@@ -105,6 +105,16 @@ class PlainView:
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
+
+
+class QuietView:
+    """Shows nothing: what took the output has gone."""
+
+    def show(self, report: StatusReport) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def open_view(lines: Sequence[str]) -> LiveView | PlainView:

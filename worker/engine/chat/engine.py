@@ -188,7 +188,10 @@ class ChatEngine:
         ticket, message = waiting.ticket, waiting.message
         match message:
             case Generate():
-                self._answer(ticket, lambda: self._prefill(ticket, message, waiting.arrived))
+                if not self._answer(
+                    ticket, lambda: self._prefill(ticket, message, waiting.arrived)
+                ):
+                    self._running = None
             case LoadModel():
                 self._answer(ticket, lambda: self._models.load_for(message))
             case UnloadModel():

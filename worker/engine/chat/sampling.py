@@ -6,11 +6,13 @@ depend on who else is served. Formulas and sources are public: docs/http-api.md#
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
+from worker.errors import WorkerError
 from worker.protocol.messages import Sampling
 
 _MASK = 0xFFFFFFFF
@@ -93,6 +95,11 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform_number: float) -> int
     logits: (vocabulary,) float32, penalties applied. Tokens are ordered by falling probability,
     equal ones by rising id, after temperature, top_k, top_p and min_p, in this order.
     """
+    if not math.isfinite(float(logits.max())):
+        # Of a NaN every comparison is false, and some token would come out of it silently.
+        raise WorkerError(
+            "the model computed values that are no numbers; its weights may be damaged"
+        )
     if sampling.temperature == 0:
         return int(torch.argmax(logits))
     ordered, ids = torch.sort(logits, descending=True, stable=True)
