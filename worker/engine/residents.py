@@ -15,6 +15,7 @@ import torch
 
 from worker.catalog import ModelSpec
 from worker.engine.device import release_cache
+from worker.engine.host import Report
 from worker.errors import ModelUnavailable
 from worker.modelfiles import check_files, require_files
 from worker.protocol.messages import LoadModel, ModelChanged, ModelState, UnloadModel
@@ -46,7 +47,8 @@ class Residents(Generic[T]):
         changed: Callable[[], None],
         max_resident: int | None = None,
     ):
-        """load: builds one model. changed: called when `states` did, before slow work begins.
+        """load: builds one model. changed: called when what `report` says has changed, before slow
+        work begins.
 
         max_resident: models held at a time; None holds all that were ever used.
         """
@@ -56,8 +58,8 @@ class Residents(Generic[T]):
         self._changed = changed
         self._max_resident = max_resident
         self._models: dict[str, T] = {}
-        self.loads = 0
-        self.unloads = 0
+        self._loads = 0
+        self._unloads = 0
         self._states = {
             spec.id: ModelState(
                 id=spec.id, kind=spec.kind, status="unloaded", display_name=spec.display_name
@@ -69,9 +71,19 @@ class Residents(Generic[T]):
             if problems:
                 self._set(spec.id, status="broken", problem=str(problems[0]))
 
-    @property
-    def states(self) -> tuple[ModelState, ...]:
-        return tuple(self._states.values())
+    def report(
+        self, *, more_to_load: bool, active: int, waiting: int, counters: dict[str, int]
+    ) -> Report:
+        """The engine's report: its work and counters, with what is said here of its models."""
+        states = tuple(self._states.values())
+        loading = more_to_load or any(state.status == "loading" for state in states)
+        return Report(
+            status="loading" if loading else "ready",
+            models=states,
+            active=active,
+            waiting=waiting,
+            counters={**counters, "model_loads": self._loads, "model_unloads": self._unloads},
+        )
 
     def spec(self, model_id: str) -> ModelSpec:
         return self._specs[model_id]
@@ -92,7 +104,7 @@ class Residents(Generic[T]):
             return False
         del self._models[model_id]
         release_cache(self._device)
-        self.unloads += 1
+        self._unloads += 1
         self._set(model_id, status="unloaded", device=None)
         log.info("unloaded %s", model_id)
         return True
@@ -134,7 +146,7 @@ class Residents(Generic[T]):
             problem = f"{model_id}: loading it ended with {why}; the engine's log has it"
             self._set(model_id, status="broken", problem=problem)
             raise
-        self.loads += 1
+        self._loads += 1
         self._set(
             model_id,
             status="loaded",

@@ -167,18 +167,13 @@ class ChatEngine:
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
-        states = self._models.states
-        loading = any(state.status == "loading" for state in states)
-        return Report(
-            status="loading" if loading or self._preload else "ready",
-            models=states,
+        return self._models.report(
+            more_to_load=bool(self._preload),
             active=int(self._running is not None),
             waiting=len(self._waiting),
             counters={
                 "requests_served": self._requests_served,
                 "tokens_generated": self._tokens_generated,
-                "model_loads": self._models.loads,
-                "model_unloads": self._models.unloads,
             },
         )
 

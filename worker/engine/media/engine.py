@@ -99,19 +99,11 @@ class MediaEngine:
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
-        states = self._models.states
-        loading = any(state.status == "loading" for state in states)
-        return Report(
-            status="loading" if loading or self._preload else "ready",
-            models=states,
+        return self._models.report(
+            more_to_load=bool(self._preload),
             active=int(self._running is not None),
             waiting=len(self._waiting),
-            counters={
-                "jobs_rendered": self._jobs_rendered,
-                "denoise_steps": self._steps_done,
-                "model_loads": self._models.loads,
-                "model_unloads": self._models.unloads,
-            },
+            counters={"jobs_rendered": self._jobs_rendered, "denoise_steps": self._steps_done},
         )
 
     # --- work ----------------------------------------------------------------------------------
