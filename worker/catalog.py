@@ -14,6 +14,9 @@ from worker.errors import ConfigError, Unsupported
 # trained for 480x832 and 81 frames at 16 fps (the model's own published defaults).
 NATIVE_SIZE = {"sdxl": (1024, 1024), "wan": (480, 832), "chat": (0, 0)}
 NATIVE_FRAMES = 81
+# Those of worker/engine/chat/template.py, named here so that a wrong one is refused before torch
+# is loaded.
+CHAT_TEMPLATES = ("chatml",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,12 @@ def _served(
 
 
 def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
+    template = entry.chat_template or "chatml"
+    if template not in CHAT_TEMPLATES:
+        raise ConfigError(
+            f"model {entry.id}: chat_template {template} is unknown; "
+            f"known: {', '.join(CHAT_TEMPLATES)}"
+        )
     path = _first_existing(entry.path, models_dir)
     size = entry.default_size
     return ModelSpec(
@@ -145,7 +154,7 @@ def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
         shown_path=shown(path, models_dir),
         aliases=tuple(entry.aliases),
         dtype=entry.dtype,
-        chat_template=entry.chat_template or "chatml",
+        chat_template=template,
         config_path=_first_existing(entry.config_path, models_dir) if entry.config_path else None,
         display_name=entry.display_name or entry.id,
         default_size=_parse_pair(size) if size else NATIVE_SIZE[entry.kind],

@@ -210,6 +210,13 @@ def test_a_listed_model_that_is_not_declared_is_refused_with_the_known_ids(
     assert "sdxl-one, wan-one" in str(caught.value)
 
 
+def test_a_served_model_with_an_unknown_template_is_refused(machine: Machine) -> None:
+    text = "[[models]]\nid = 'mine'\nkind = 'chat'\npath = 'm'\nchat_template = 'llama'"
+
+    with pytest.raises(ConfigError, match="chat_template llama is unknown; known: chatml"):
+        chat_catalog(machine.settings(text))
+
+
 def test_a_listed_model_of_another_kind_is_refused(machine: Machine) -> None:
     settings = machine.settings('[chat]\nmodels = ["wan-one"]')
 

@@ -18,6 +18,7 @@ from tests.unit.test_tokenizer import (
     Reference,
     write_tokenizer,
 )
+from worker.catalog import CHAT_TEMPLATES
 from worker.engine.chat.template import TEMPLATES, Control, Text, find_template, plain_text
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
 from worker.errors import ConfigError
@@ -139,3 +140,7 @@ def test_a_template_needs_every_control_token_that_it_writes(name: str) -> None:
 def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="chat_template alpaca is unknown; known: chatml"):
         find_template("alpaca")
+
+
+def test_the_catalog_knows_the_same_templates() -> None:
+    assert set(CHAT_TEMPLATES) == set(TEMPLATES)
