@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from worker.catalog import ModelSpec, chat_catalog, media_catalog
 from worker.config import Chat, Media, ModelEntry, Settings, Source, load_settings
 from worker.errors import ConfigError
-from worker.modelfiles import MANIFEST, check_files, how_to_get
+from worker.modelfiles import MANIFEST, check_files
 
 HUB = "https://huggingface.co"
 AGAIN = "run the same command again, it resumes"
@@ -217,7 +217,7 @@ def verify(entry: ModelEntry, settings: Settings, report: Lines) -> bool:
             print(f"{folder / key}: {problem or 'ok'}", flush=True)
             problems += problem is not None
     if problems:
-        print(f"{entry.id}: {problems} not good; to mend it, {how_to_get(spec)}")
+        print(f"{entry.id}: {problems} not good; to mend it, {spec.cure}")
     return problems == 0
 
 

@@ -34,6 +34,7 @@ class ModelSpec:
     display_name: str
     default_size: tuple[int, int]  # width, height in pixels
     default_frames: int
+    cure: str = "put its files there, or correct its path"  # for messages about missing files
 
 
 class Catalog:
@@ -159,7 +160,17 @@ def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
         display_name=entry.display_name or entry.id,
         default_size=_parse_pair(size) if size else NATIVE_SIZE[entry.kind],
         default_frames=entry.default_frames or NATIVE_FRAMES,
+        cure=_cure(entry),
     )
+
+
+def _cure(entry: ModelEntry) -> str:
+    """What to do about missing or damaged files of this model."""
+    if entry.made_by is not None:
+        return f"run python {entry.made_by}"
+    if entry.source is not None:
+        return f"run python scripts/fetch_models.py {entry.id}"
+    return "put its files there, or correct its path"
 
 
 def shown(path: Path, models_dir: Path) -> str:

@@ -53,15 +53,7 @@ def check_files(
     found = list(_problems(spec))
     if not found and full:
         found = list(_hash_problems(spec, progress))
-    cure = how_to_get(spec)
-    return [Problem(spec.id, _shown(spec, path), what, cure) for path, what in found]
-
-
-def how_to_get(spec: ModelSpec) -> str:
-    """The command that makes or fetches this model's files."""
-    if spec.id.startswith("demo-"):
-        return "run ./scripts/serve, or python scripts/make_demo_models.py"
-    return f"run python scripts/fetch_models.py {spec.id}"
+    return [Problem(spec.id, _shown(spec, path), what, spec.cure) for path, what in found]
 
 
 def require_files(spec: ModelSpec) -> None:
@@ -137,7 +129,7 @@ def weights_sha256(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
         expected = _manifest(spec).get(relative, {}).get("sha256", digest)
         if digest != expected:
             what = f"sha256 {digest[:12]}… is not the recorded {expected[:12]}…"
-            raise ModelUnavailable(f"{spec.id}: {_shown(spec, file)}: {what}; {how_to_get(spec)}")
+            raise ModelUnavailable(f"{spec.id}: {_shown(spec, file)}: {what}; {spec.cure}")
         result[relative] = digest
     if not fresh.items() <= cache.items():
         _write_cache(cache_path, _read_cache(cache_path) | fresh)

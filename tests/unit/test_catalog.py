@@ -373,3 +373,19 @@ def test_a_folder_of_any_other_name_is_no_cache(machine: Machine) -> None:
     (machine.models / "qwen" / "snapshots" / "aaa").mkdir(parents=True)
 
     assert chat_catalog(machine.settings()).find("qwen").path == machine.models / "qwen"
+
+
+@pytest.mark.parametrize(
+    ("line", "cure"),
+    [
+        ("made_by = 'scripts/make.py'", "run python scripts/make.py"),
+        ("source = {repository = 'a/b'}", "run python scripts/fetch_models.py mine"),
+        ("", "put its files there, or correct its path"),
+    ],
+)
+def test_the_cure_for_missing_files_is_how_the_model_comes_here(
+    machine: Machine, line: str, cure: str
+) -> None:
+    text = f"[[models]]\nid = 'mine'\nkind = 'chat'\npath = 'm'\n{line}"
+
+    assert chat_catalog(machine.settings(text)).default("chat").cure == cure

@@ -23,7 +23,6 @@ from worker.modelfiles import (
     check_files,
     combined_sha256,
     file_sha256,
-    how_to_get,
     read_header,
     require_files,
     weight_bytes,
@@ -48,6 +47,7 @@ def spec(path: Path, kind: Kind = "chat", model_id: str = "m", **more: Any) -> M
         display_name=model_id,
         default_size=NATIVE_SIZE[kind],
         default_frames=NATIVE_FRAMES,
+        cure=f"run python scripts/fetch_models.py {model_id}",
     )
 
 
@@ -184,10 +184,6 @@ def test_a_missing_model_is_told_with_its_path_and_the_cure(tmp_path: Path) -> N
         "qwen: models/gone: is missing; run python scripts/fetch_models.py qwen"
     )
     assert caught.value.status == 503
-
-
-def test_a_demo_models_cure_is_the_script_that_makes_it(tmp_path: Path) -> None:
-    assert "make_demo_models.py" in how_to_get(spec(tmp_path, model_id="demo-chat"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -76,7 +76,7 @@ _COMPLETION_KEYS = {
     "seed",
     "deadline_s",
 }
-_KNOWN = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode"}
+KNOWN_KEYS = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class ChatParser:
             raise InvalidRequest("the body must be a JSON object with a messages list")
         messages, extra = self._messages(body.get("messages"))
         stream = _flag(body, "stream")
-        ignored = sorted({shown_key(key) for key in body if key not in _KNOWN} | extra)
+        ignored = sorted({shown_key(key) for key in body if key not in KNOWN_KEYS} | extra)
         return ChatRequest(
             messages=messages,
             model=self._model(body.get("model")),

@@ -17,7 +17,7 @@ from flask.typing import ResponseReturnValue
 from worker import __version__
 from worker.catalog import Catalog
 from worker.front import errors
-from worker.front.chat import ChatStats
+from worker.front.chat import KNOWN_KEYS, ChatStats
 from worker.front.drain import Drainer
 from worker.jobs.table import JobTable
 from worker.jobs.types import JOB_TYPES
@@ -180,22 +180,7 @@ def chat_blueprint(
             "stats": dict(reporter.link.view.state.counters) if reporter.link.view.state else {},
             "message_format": {
                 "required": ["messages"],
-                "optional": [
-                    "max_tokens",
-                    "temperature",
-                    "top_p",
-                    "top_k",
-                    "min_p",
-                    "repetition_penalty",
-                    "presence_penalty",
-                    "frequency_penalty",
-                    "stop",
-                    "seed",
-                    "stream",
-                    "deadline_s",
-                    "sfw_mode",
-                    "model",
-                ],
+                "optional": sorted(KNOWN_KEYS - {"messages"}),
                 "example": {
                     "messages": [{"role": "user", "content": "a red cube"}],
                     "max_tokens": 62,
