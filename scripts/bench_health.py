@@ -30,11 +30,11 @@ from rich.progress import track
 from rich.table import Table
 
 CHAT = {
-    "messages": [{"role": "user", "content": "a red cube on a table"}],
+    "messages": [{"role": "user", "content": "a red circle on a table"}],
     "max_tokens": 400,
     "temperature": 1.5,
 }
-JOB = {"type": "sdxl_image_fast", "prompt": "a red cube", "num_images": 6, "steps": 40}
+JOB = {"type": "sdxl_image_fast", "prompt": "a red circle", "num_images": 6, "steps": 40}
 
 
 def main() -> int:

@@ -325,7 +325,8 @@ def keep_going(entry: ModelEntry, failed: list[str]) -> Iterator[None]:
 def plan_model(entry: ModelEntry, settings: Settings, hub: Hub, named: bool) -> list[Plan]:
     """What to do for one model; nothing, said in a line, when there is nothing to do."""
     if entry.source is None:
-        print(f"{entry.id}: skipped, it has no source; scripts/make_demo_models.py makes demo ones")
+        why = "it comes with this program" if entry.shipped else "it has no source"
+        print(f"{entry.id}: skipped, {why}")
         return []
     folders = folders_of(entry, entry.source, settings.models_dir)
     spec = spec_of(entry, settings)

@@ -17,6 +17,8 @@ NATIVE_FRAMES = 81
 # Those of worker/engine/chat/template.py, named here so that a wrong one is refused before torch
 # is loaded.
 CHAT_TEMPLATES = ("chatml",)
+# Where models are that come with the program, whatever VERBATIM_MODELS_DIR says.
+SHIPPED_MODELS = REPOSITORY / "models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
             f"model {entry.id}: chat_template {template} is unknown; "
             f"known: {', '.join(CHAT_TEMPLATES)}"
         )
+    if entry.shipped:
+        models_dir = SHIPPED_MODELS
     path = _first_existing(entry.path, models_dir)
     size = entry.default_size
     return ModelSpec(
@@ -166,8 +170,8 @@ def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
 
 def _cure(entry: ModelEntry) -> str:
     """What to do about missing or damaged files of this model."""
-    if entry.made_by is not None:
-        return f"run python {entry.made_by}"
+    if entry.shipped:
+        return f"restore this program's own models/{entry.id}: git checkout -- models"
     if entry.source is not None:
         return f"run python scripts/fetch_models.py {entry.id}"
     return "put its files there, or correct its path"

@@ -147,7 +147,7 @@ class ModelEntry(Section):
     display_name: str | None = None  # what clients are shown; the id when absent
     default_size: str | None = Field(None, pattern=r"^\d+x\d+$")  # width x height, pixels
     default_frames: int | None = Field(None, ge=1)  # wan
-    made_by: str | None = None  # the script that makes its files, for messages
+    shipped: bool = False  # its files are in this program's own models folder
     source: Source | None = None
     config_source: Source | None = None
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
-from worker.config import KEY_NAMES, REPOSITORY
+from tests.integration.endless import demo_profile
+from worker.config import CONFIGS, KEY_NAMES, REPOSITORY
 from worker.protocol.transport import run_dir
 
 T = TypeVar("T")
@@ -76,14 +77,23 @@ class Daemon:
 
 @contextmanager
 def running_daemon(
-    folder: Path, profile: str = "demo", ready: bool = True, **variables: str
+    folder: Path,
+    change: Callable[[str], str] = lambda text: text,
+    ready: bool = True,
+    **variables: str,
 ) -> Iterator[Daemon]:
-    """Start a daemon in `folder`, wait until it is ready, and leave nothing behind."""
+    """Start a daemon in `folder`, wait until it is ready, and leave nothing behind.
+
+    It runs the demo profile with the model "endless" beside the demo models.
+    change: what to change in the profile's text.
+    """
+    profile = folder / "demo.toml"
+    profile.write_text(change(demo_profile((CONFIGS / "demo.toml").read_text())))
     environment = daemon_environment(folder, **variables)
     output = folder / "orchestrator.out"
     with output.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "orchestrator.py"), "--profile", profile],
+            [sys.executable, str(REPOSITORY / "orchestrator.py"), "--profile", str(profile)],
             env=environment,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -20,32 +20,49 @@ Tensors = dict[str, torch.Tensor]
 # What to find in a name, and what to put there.
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
-# Input block 0 is the first convolution. Each level then has two blocks and its downsampler; in
-# the output blocks three, the last one with the upsampler behind its residual part and attention.
-_DENOISER: Sequence[Rule] = (
-    (r"^conv_in\.", "input_blocks.0.0."),
-    (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"input_blocks.{_block(m, 1)}.0"),
-    (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{_block(m, 1)}.1"),
-    (r"^down_blocks\.(\d)\.downsamplers\.(0)\.conv", lambda m: f"input_blocks.{_block(m, 3)}.0.op"),
-    (r"^mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
-    (r"^mid_block\.attentions\.0", "middle_block.1"),
-    (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{_block(m, 0)}.0"),
-    (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{_block(m, 0)}.1"),
-    (r"^up_blocks\.(\d)\.upsamplers\.(0)", lambda m: f"output_blocks.{_block(m, 2)}.2"),
-    (r"^conv_norm_out\.", "out.0."),
-    (r"^conv_out\.", "out.2."),
-    (r"^time_embedding\.linear_1\.", "time_embed.0."),
-    (r"^time_embedding\.linear_2\.", "time_embed.2."),
-    (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
-    (r"^add_embedding\.linear_2\.", "label_emb.0.2."),
-    # The parts of a residual block; an attention's own norms have other places in a name.
-    (r"^(\w+_blocks?(?:\.\d+)+)\.norm1\.", r"\1.in_layers.0."),
-    (r"\.conv1\.", ".in_layers.2."),
-    (r"\.time_emb_proj\.", ".emb_layers.1."),
-    (r"^(\w+_blocks?(?:\.\d+)+)\.norm2\.", r"\1.out_layers.0."),
-    (r"\.conv2\.", ".out_layers.3."),
-    (r"\.conv_shortcut\.", ".skip_connection."),
-)
+# Input block 0 is the first convolution. Each level then has its blocks and its downsampler; in
+# the output blocks one more, the last one with the upsampler behind its residual part and
+# attention.
+
+
+def _denoiser_rules(layers: int) -> Sequence[Rule]:
+    """layers: residual blocks per level, `layers_per_block` of the config."""
+    per_level = layers + 1
+
+    def block(found: re.Match[str], first: int) -> int:
+        """The number in the flat list of blocks, where the first level begins with `first`."""
+        level, layer = found.groups()
+        return first + per_level * int(level) + int(layer)
+
+    return (
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"input_blocks.{block(m, 1)}.0"),
+        (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{block(m, 1)}.1"),
+        (
+            r"^down_blocks\.(\d)\.downsamplers\.(0)\.conv",
+            lambda m: f"input_blocks.{block(m, per_level)}.0.op",
+        ),
+        (r"^mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+        (r"^mid_block\.attentions\.0", "middle_block.1"),
+        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{block(m, 0)}.0"),
+        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{block(m, 0)}.1"),
+        (r"^up_blocks\.(\d)\.upsamplers\.(0)", lambda m: f"output_blocks.{block(m, layers)}.2"),
+        (r"^conv_norm_out\.", "out.0."),
+        (r"^conv_out\.", "out.2."),
+        (r"^time_embedding\.linear_1\.", "time_embed.0."),
+        (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
+        (r"^add_embedding\.linear_2\.", "label_emb.0.2."),
+        # The parts of a residual block; an attention's own norms have other places in a name.
+        (r"^(\w+_blocks?(?:\.\d+)+)\.norm1\.", r"\1.in_layers.0."),
+        (r"\.conv1\.", ".in_layers.2."),
+        (r"\.time_emb_proj\.", ".emb_layers.1."),
+        (r"^(\w+_blocks?(?:\.\d+)+)\.norm2\.", r"\1.out_layers.0."),
+        (r"\.conv2\.", ".out_layers.3."),
+        (r"\.conv_shortcut\.", ".skip_connection."),
+    )
+
+
 _PICTURE_CODER: Sequence[Rule] = (
     (r"\.down_blocks\.(\d)\.resnets\.", r".down.\1.block."),
     (r"\.down_blocks\.(\d)\.downsamplers\.0\.", r".down.\1.downsample."),
@@ -75,8 +92,9 @@ _OPEN_CLIP: Sequence[Rule] = (
 
 def write_single_file(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
     """Write the weights of the diffusers folder `model`, as `dtype`, into one file."""
+    layers = json.loads((model / "unet" / "config.json").read_bytes())["layers_per_block"]
     tensors = {
-        **_under("model.diffusion_model.", denoiser(_weights(model / "unet"))),
+        **_under("model.diffusion_model.", denoiser(_weights(model / "unet"), layers)),
         **_under("first_stage_model.", picture_coder(_weights(model / "vae"))),
         **_under("conditioner.embedders.0.transformer.", clip(_weights(model / "text_encoder"))),
         **_under("conditioner.embedders.1.model.", open_clip(_weights(model / "text_encoder_2"))),
@@ -98,8 +116,8 @@ def copy_configs(model: Path, folder: Path) -> None:
         file.unlink()
 
 
-def denoiser(weights: Tensors) -> Tensors:
-    return _renamed(weights, _DENOISER)
+def denoiser(weights: Tensors, layers: int) -> Tensors:
+    return _renamed(weights, _denoiser_rules(layers))
 
 
 def picture_coder(weights: Tensors) -> Tensors:
@@ -147,9 +165,3 @@ def _renamed(weights: Tensors, rules: Sequence[Rule]) -> Tensors:
         result[name] = tensor
     assert len(result) == len(weights), "two weights got one name"
     return result
-
-
-def _block(level_and_layer: re.Match[str], first: int) -> int:
-    """The number in the flat list of blocks, where the first level begins with `first`."""
-    level, layer = level_and_layer.groups()
-    return first + 3 * int(level) + int(layer)

@@ -165,7 +165,13 @@ def test_a_forged_turn_stays_text(daemon):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_hang_up_stops_the_generation(daemon, stream):
     body = json.dumps(
-        {"messages": USER, "max_tokens": 1900, "temperature": 0, "stream": stream}
+        {
+            "model": "endless",
+            "messages": USER,
+            "max_tokens": 1900,
+            "temperature": 0,
+            "stream": stream,
+        }
     ).encode()
     host, port = daemon.chat_url.removeprefix("http://").split(":")
     done_before = engine_state(daemon)['verbatim_engine_total{what="requests_served"}']
@@ -210,7 +216,8 @@ def test_connections_have_the_time_limits_of_their_listener(daemon):
 
 
 def test_a_deadline_ends_a_request_with_504(daemon):
-    answer = post(daemon, "/chat", max_tokens=1900, temperature=0, deadline_s=0.3)
+    post(daemon, "/chat", model="endless", max_tokens=1)  # so that loading is not timed
+    answer = post(daemon, "/chat", model="endless", max_tokens=1900, temperature=0, deadline_s=0.3)
 
     assert answer.status_code == 504
     assert answer.json()["error_code"] == "deadline_exceeded"
@@ -221,7 +228,13 @@ def test_health_answers_while_a_generation_runs(daemon):
     with daemon.chat.stream(
         "POST",
         "/chat",
-        json={"messages": USER, "max_tokens": 1500, "temperature": 0, "stream": True},
+        json={
+            "model": "endless",
+            "messages": USER,
+            "max_tokens": 1500,
+            "temperature": 0,
+            "stream": True,
+        },
     ) as answer:
         lines = answer.iter_lines()
         next(lines)

@@ -52,7 +52,10 @@ def test_each_image_of_a_job_equals_a_direct_pipeline_call_pixel_for_pixel(daemo
     job = finished(daemon, IMAGE | {"num_images": 3})
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        str(REPOSITORY / "models" / "demo-image"), add_watermarker=False, local_files_only=True
+        str(REPOSITORY / "models" / "demo-image"),
+        dtype=torch.float32,
+        add_watermarker=False,
+        local_files_only=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     assert [asset["seed"] for asset in job["assets"]] == [0, 1, 2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +21,16 @@ from tests.integration.daemon import (
     eventually,
     running_daemon,
 )
-from worker.config import CONFIGS
+from worker.config import REPOSITORY
 from worker.protocol.transport import run_dir
 
 LONG = {
-    "messages": [{"role": "user", "content": "a red cube"}],
+    "model": "endless",
+    "messages": [{"role": "user", "content": "a red circle"}],
     "max_tokens": 1900,
     "temperature": 0,
 }
-SHORT = LONG | {"max_tokens": 4}
+SHORT = LONG | {"model": "demo-chat", "max_tokens": 4}
 JOB = {"type": "sdxl_image_fast", "prompt": "a cube", "steps": 40, "width": 128, "height": 128}
 
 
@@ -126,11 +127,10 @@ def test_sigterm_drains_running_work_and_leaves_nothing_behind(tmp_path):
 
 
 def test_work_that_outlasts_the_grace_time_is_cut_and_the_exit_code_says_so(tmp_path):
-    profile = tmp_path / "hasty.toml"
-    profile.write_text(
-        (CONFIGS / "demo.toml").read_text().replace("grace_s = 60.0", "grace_s = 0.5")
-    )
-    with running_daemon(tmp_path, str(profile)) as daemon:
+    def hasty(text: str) -> str:
+        return text.replace("grace_s = 60.0", "grace_s = 0.5")
+
+    with running_daemon(tmp_path, hasty) as daemon:
         family = daemon.family()
         in_background(httpx.post, f"{daemon.media_url}/generate", json=JOB | {"num_images": 6})
         eventually(lambda: active(daemon.media) == 1, 10)
@@ -169,11 +169,10 @@ def test_a_taken_port_is_named_before_anything_is_started(tmp_path):
 
 
 def test_an_engine_that_cannot_start_is_not_restarted_and_health_says_why(tmp_path):
-    profile = tmp_path / "card.toml"
-    profile.write_text(
-        (CONFIGS / "demo.toml").read_text().replace('device = "cpu"', 'device = "cuda"')
-    )
-    with running_daemon(tmp_path, str(profile), ready=False) as daemon:
+    def on_a_card(text: str) -> str:
+        return text.replace('device = "cpu"', 'device = "cuda"')
+
+    with running_daemon(tmp_path, on_a_card, ready=False) as daemon:
         health = eventually(lambda: _unavailable(daemon.chat), 30, daemon.describe)
         refused = daemon.chat.post("/chat", json=SHORT)
 
@@ -185,22 +184,25 @@ def test_an_engine_that_cannot_start_is_not_restarted_and_health_says_why(tmp_pa
 
 
 def test_a_damaged_model_is_reported_with_its_path_and_the_cure(tmp_path):
-    models = tmp_path / "models"
-    models.mkdir()
-    for folder in (CONFIGS.parent / "models").glob("demo-*"):
-        subprocess.run(["cp", "-r", str(folder), str(models)], check=True)
-    weights = models / "demo-chat" / "model.safetensors"
+    copy = shutil.copytree(REPOSITORY / "models" / "demo-chat", tmp_path / "damaged")
+    weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with running_daemon(tmp_path, ready=False, VERBATIM_MODELS_DIR=str(models)) as daemon:
+
+    def damaged(text: str) -> str:
+        return text.replace('path = "demo-chat"\nshipped = true', 'path = "damaged"')
+
+    with running_daemon(
+        tmp_path, damaged, ready=False, VERBATIM_MODELS_DIR=str(tmp_path)
+    ) as daemon:
         health = eventually(lambda: _unavailable(daemon.chat), 30, daemon.describe)
         refused = daemon.chat.post("/chat", json=SHORT)
-        check = daemon.run("--check", "--profile", "demo")
+        check = daemon.run("--check", "--profile", str(tmp_path / "demo.toml"))
 
-    assert "models/demo-chat/model.safetensors" in health["error"]
-    assert "scripts/make_demo_models.py" in health["error"]
+    assert "models/damaged/model.safetensors" in health["error"]
+    assert "put its files there" in health["error"]
     assert (refused.status_code, refused.json()["error_code"]) == (503, "model_unavailable")
     assert check.returncode == 4
-    assert "models/demo-chat/model.safetensors" in check.stdout
+    assert "models/damaged/model.safetensors" in check.stdout
 
 
 def test_keys_close_what_must_be_closed(tmp_path):

@@ -378,7 +378,7 @@ def test_a_folder_of_any_other_name_is_no_cache(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("line", "cure"),
     [
-        ("made_by = 'scripts/make.py'", "run python scripts/make.py"),
+        ("shipped = true", "restore this program's own models/mine: git checkout -- models"),
         ("source = {repository = 'a/b'}", "run python scripts/fetch_models.py mine"),
         ("", "put its files there, or correct its path"),
     ],

@@ -182,7 +182,7 @@ def chat_blueprint(
                 "required": ["messages"],
                 "optional": sorted(KNOWN_KEYS - {"messages"}),
                 "example": {
-                    "messages": [{"role": "user", "content": "a red cube"}],
+                    "messages": [{"role": "user", "content": "a red circle"}],
                     "max_tokens": 62,
                 },
             },

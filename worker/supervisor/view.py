@@ -50,9 +50,9 @@ def curl_lines(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     header = "-H 'Content-Type: application/json'"
     return [
         f"curl -s http://{host}:{settings.server.chat_port}/enhance {header}{key} \\",
-        """  -d '{"messages": [{"role": "user", "content": "a red cube"}], "max_tokens": 62}'""",
+        """  -d '{"messages": [{"role": "user", "content": "a red circle"}], "max_tokens": 62}'""",
         f"curl -s http://{host}:{settings.server.media_port}/generate {header}{key} \\",
-        """  -H 'Prefer: wait=60' -d '{"type": "sdxl_image_fast", "prompt": "a red cube"}'""",
+        """  -H 'Prefer: wait=60' -d '{"type": "sdxl_image_fast", "prompt": "a red circle"}'""",
     ]
 
 

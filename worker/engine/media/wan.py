@@ -47,10 +47,12 @@ class Wan:
                 local_files_only=True,
                 use_safetensors=True,
             )
+            dtype = getattr(torch, spec.dtype)
             pipeline = WanPipeline.from_pretrained(
                 str(spec.path),
                 vae=vae,
-                dtype=getattr(torch, spec.dtype),
+                **_without_vace(spec, dtype),
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
             )
@@ -125,3 +127,33 @@ class Wan:
     def scheduler_class(self) -> str:
         """The class that made the last video."""
         return type(self._pipeline.scheduler).__name__
+
+
+def _without_vace(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """{"transformer": …} of a VACE checkpoint, else {}: the pipeline then loads it itself.
+
+    A VACE checkpoint is a text-to-video network with layers beside it that follow given frames.
+    A text alone needs none of them.
+    """
+    from diffusers import WanTransformer3DModel
+
+    config = WanTransformer3DModel.load_config(
+        str(spec.path), subfolder="transformer", local_files_only=True
+    )
+    if config.get("_class_name") != "WanVACETransformer3DModel":
+        return {}
+    # What it does not expect, the layers that are left out, is dropped.
+    transformer, loading = WanTransformer3DModel.from_pretrained(
+        str(spec.path),
+        subfolder="transformer",
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"the transformer lacks {len(loading['missing_keys'])} weights, "
+            f"{sorted(loading['missing_keys'])[0]} among them"
+        )
+    return {"transformer": transformer}

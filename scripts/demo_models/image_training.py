@@ -1,0 +1,440 @@
+"""How demo-image learns, stage by stage."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch.nn import functional as F
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from demo_models.drawing import draw
+from demo_models.muon import Muon
+from demo_models.publishing import publish
+from demo_models.reading import PooledReader, Reader, train_reader
+from demo_models.scenes import (
+    Description,
+    Scene,
+    caption,
+    opened,
+    place,
+    random_description,
+    training_description,
+    with_details,
+)
+from demo_models.training import Average, learning_rate, run_stage, set_learning_rate
+from demo_models.vocabulary import clip_tokenizer
+
+WIDTH = HEIGHT = 128  # pixels; the native size
+VAE_STEPS = 2200
+VAE_CROP = 48  # pixels: the convolutions learn as much from parts of pictures
+VAE_BATCH = 16
+VAE_RATE = 2e-3
+TEXT_WIDTHS = (64, 96)  # of the two text encoders
+TEXT_STEPS = 500
+# (width, height) -> number of training scenes, encoded once
+SCENES = {(128, 128): 10000, (192, 128): 2000, (128, 192): 2000}
+UNET_STEPS = 1900
+UNET_BATCH = 32
+UNET_RATE = 1.5e-3
+# Noise of the published models, made to end in noise alone: a small picture's mean colour would
+# otherwise be seen through it, and plain backgrounds would come out grey.
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+def new_vae() -> AutoencoderKL:
+    """SDXL's autoencoder (8 pixels to a latent, 4 channels) with 0.6 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=WIDTH,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    )
+
+
+def new_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two text encoders; the second also gives one pooled vector."""
+    tokenizer = clip_tokenizer(pad_token="!")
+    first, second = (
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            hidden_act=activation,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for width, activation in zip(TEXT_WIDTHS, ("quick_gelu", "gelu"), strict=True)
+    )
+    return CLIPTextModel(first), CLIPTextModelWithProjection(second)
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SDXL's denoiser with 2.7 M parameters and two levels; attention on the lower one."""
+    return UNet2DConditionModel(
+        sample_size=WIDTH // 8,
+        block_out_channels=(64, 96),
+        norm_num_groups=16,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1],
+        attention_head_dim=[2, 3],  # numbers of heads, in spite of the name
+        cross_attention_dim=sum(TEXT_WIDTHS),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        # The pooled text of the second encoder, and six numbers about size and crop.
+        projection_class_embeddings_input_dim=TEXT_WIDTHS[1] + 6 * 32,
+    )
+
+
+class TextSide:
+    """Both tokenizers and text encoders, used as SDXL's pipeline uses them."""
+
+    def __init__(self) -> None:
+        # The first encoder of the published model pads with the end token, the second with "!".
+        self.tokenizers: tuple[CLIPTokenizer, CLIPTokenizer] = (
+            clip_tokenizer(pad_token="<|endoftext|>"),
+            clip_tokenizer(pad_token="!"),
+        )
+        self.encoders = new_text_encoders()
+
+    def __call__(
+        self, texts: list[str], padding: str = "max_length"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token states (texts, tokens, 160) and pooled vectors (texts, 96)."""
+        states = []
+        pooled = torch.empty(0)
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = tokenizer(
+                texts, padding=padding, max_length=77, truncation=True, return_tensors="pt"
+            ).input_ids
+            out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]  # of the second: its projected end token
+        return torch.cat(states, dim=-1), pooled
+
+
+class Job:
+    """The stages and their files. One thread."""
+
+    def __init__(self, work_dir: Path, target: Path, seed: int, *, go_on: bool = False):
+        """go_on: the denoiser starts from the weights in `target`, and so do the other parts."""
+        self._work = work_dir
+        self._target = target
+        self._seed = seed
+        self._go_on = go_on
+
+    # --- pictures to latents -------------------------------------------------------------------
+
+    def train_vae(self) -> None:
+        if self._go_on:
+            return
+        torch.manual_seed(self._seed)
+        vae = new_vae().train()
+        average = Average(vae, 0.99)
+        optimizer = torch.optim.AdamW(
+            vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=0.0
+        )
+
+        def step(index: int) -> dict[str, float]:
+            # Whole pictures have borders, and other statistics for the norms.
+            whole = index % 2 == 1
+            pictures = _pictures(self._seed * 10_000_019 + index, whole=whole) * 2 - 1
+            posterior = vae.encode(pictures).latent_dist
+            # A tenth of noise: the decoder forgives what a denoiser leaves behind.
+            latents = posterior.mean + 0.1 * torch.randn_like(posterior.mean)
+            again = vae.decode(latents).sample
+            absolute = F.l1_loss(again, pictures)
+            squared = F.mse_loss(again, pictures)
+            # Means of unit size; the posterior's own spread is pulled to a hundredth, so that an
+            # encoded picture is nearly one point.
+            size = (posterior.mean.square().mean() - 1).relu() + posterior.mean.mean(
+                dim=(0, 2, 3)
+            ).square().mean()
+            narrow = (posterior.logvar + 9).square().mean()
+            loss = absolute + 4 * squared + 0.02 * size + 1e-4 * narrow
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            set_learning_rate(optimizer, learning_rate(index, VAE_STEPS, VAE_RATE))
+            optimizer.step()
+            average.update()
+            return {"absolute": absolute.item(), "size": size.item()}
+
+        run_stage(
+            "vae",
+            VAE_STEPS,
+            step,
+            {"vae": vae, "average": average, "optimizer": optimizer},
+            self._work,
+            self._seed,
+        )
+
+    # --- texts ---------------------------------------------------------------------------------
+
+    def train_text(self) -> None:
+        if self._go_on:
+            return
+        torch.manual_seed(self._seed + 1)
+        side = TextSide()
+        reader, pooled_reader = Reader(sum(TEXT_WIDTHS)), PooledReader(TEXT_WIDTHS[1])
+
+        def read(texts: list[str]) -> list[list[torch.Tensor]]:
+            states, pooled = side(texts, padding="longest")
+            return [reader(states, None), pooled_reader(pooled)]
+
+        networks = {
+            "encoder": side.encoders[0],
+            "encoder_2": side.encoders[1],
+            "reader": reader,
+            "pooled_reader": pooled_reader,
+        }
+        train_reader(networks, read, self._work, self._seed, film=False, steps=TEXT_STEPS)
+
+    # --- the training set ----------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def make_latents(self) -> None:
+        """Draw and encode the training scenes; one file, made once."""
+        file = self._work / "latents.pt"
+        if file.is_file():
+            return
+        vae = self._vae()
+        chance = random.Random(self._seed)
+        sets = {}
+        for (width, height), count in SCENES.items():
+            wanted = [training_description(chance) for _ in range(count)]
+            scenes = [place(one, chance, aspect=width / height) for one in wanted]
+            latents = []
+            for start in range(0, count, 50):
+                pictures = draw(scenes[start : start + 50], width, height) * 2 - 1
+                latents.append(vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor)
+                print(f"latents {width}x{height}: {start + 50}/{count}", flush=True)
+            sets[width, height] = (torch.cat(latents), wanted)
+        torch.save(sets, file)
+
+    # --- the denoiser --------------------------------------------------------------------------
+
+    def train_unet(self) -> None:
+        sets: dict[tuple[int, int], tuple[torch.Tensor, list[Description]]] = torch.load(
+            self._work / "latents.pt", weights_only=False
+        )
+        sizes, weights = list(sets), [len(one[1]) for one in sets.values()]
+        side = self._text_side()
+        noise_schedule = DDPMScheduler(**NOISE)
+        torch.manual_seed(self._seed + 2)
+        unet = self._start().train()
+        average = Average(unet, 0.997)
+        inner, outer = [], []
+        for name, parameter in unet.named_parameters():
+            is_inner = parameter.ndim >= 2 and "block" in name
+            (inner if is_inner else outer).append(parameter)
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon([{"params": inner, "scale": 2.0}]),
+            "adam": torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.0),
+        }
+
+        def step(index: int) -> dict[str, float]:
+            chance = random.Random(self._seed * 10_000_019 + index)
+            width, height = chance.choices(sizes, weights)[0]
+            latents, wanted = sets[width, height]
+            rows = [chance.randrange(len(wanted)) for _ in range(UNET_BATCH)]
+            clean = latents[rows]
+            states, pooled = self._conditions(side, [wanted[row] for row in rows], chance)
+            times = torch.randint(0, 1000, (UNET_BATCH,))
+            noise = torch.randn_like(clean)
+            noisy = noise_schedule.add_noise(clean, noise, times)
+            target = noise_schedule.get_velocity(clean, noise, times)
+            size_and_crop = torch.tensor([[height, width, 0, 0, height, width]]).float()
+            guess = unet(
+                noisy,
+                times,
+                states,
+                added_cond_kwargs={
+                    "text_embeds": pooled,
+                    "time_ids": size_and_crop.expand(UNET_BATCH, -1),
+                },
+            ).sample
+            loss = F.mse_loss(guess, target)
+            unet.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            for optimizer in optimizers.values():
+                set_learning_rate(optimizer, learning_rate(index, UNET_STEPS, UNET_RATE))
+                optimizer.step()
+            average.update()
+            return {"loss": loss.item()}
+
+        run_stage(
+            "unet",
+            UNET_STEPS,
+            step,
+            {"unet": unet, "average": average, **optimizers},
+            self._work,
+            self._seed,
+        )
+
+    @torch.no_grad()
+    def _conditions(
+        self, side: TextSide, wanted: list[Description], chance: random.Random
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and pooled vectors of texts: whole ones, partial ones, the empty one, none."""
+        texts, silent = [], []
+        for one in wanted:
+            kind = chance.random()
+            silent.append(kind < 0.1)  # as the pipeline does for a negative prompt that is absent
+            if kind < 0.13:
+                texts.append("")
+                continue
+            text = caption(opened(one, chance) if kind < 0.28 else one, chance)
+            texts.append(with_details(text, chance) if chance.random() < 0.45 else text)
+        states, pooled = side(texts)
+        heard = 1.0 - torch.tensor(silent).float()
+        return states * heard[:, None, None], pooled * heard[:, None]
+
+    # --- the finished model --------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Write the model folder in bfloat16."""
+        unet = new_unet()
+        unet.load_state_dict(self._saved("unet")["average"]["average"])
+        side = self._text_side()
+        pipeline = StableDiffusionXLPipeline(
+            vae=self._vae(),
+            text_encoder=side.encoders[0],
+            text_encoder_2=side.encoders[1],
+            tokenizer=side.tokenizers[0],
+            tokenizer_2=side.tokenizers[1],
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**NOISE),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        ).to(torch.bfloat16)
+        publish(self._target, lambda folder: pipeline.save_pretrained(folder))
+
+    def _start(self) -> UNet2DConditionModel:
+        if not self._go_on:
+            return new_unet()
+        return UNet2DConditionModel.from_pretrained(
+            self._target, subfolder="unet", dtype=torch.float32
+        )
+
+    def _saved(self, stage: str) -> dict[str, dict[str, object]]:
+        file = self._work / f"{stage}.pt"
+        content: dict[str, dict[str, object]] = torch.load(file, weights_only=False)
+        return content
+
+    def _vae(self) -> AutoencoderKL:
+        """The trained autoencoder, its latents shifted and scaled to what SDXL's are."""
+        if self._go_on:
+            published = AutoencoderKL.from_pretrained(
+                self._target, subfolder="vae", dtype=torch.float32
+            )
+            return published.eval().requires_grad_(False)
+        vae = new_vae().eval().requires_grad_(False)
+        vae.load_state_dict(self._saved("vae")["average"]["average"])
+        chance = random.Random(self._seed)
+        with torch.inference_mode():
+            pictures = draw([_scene(chance) for _ in range(200)], WIDTH, HEIGHT) * 2 - 1
+            posterior = vae.encode(pictures).latent_dist
+        whiten(vae, posterior.mean, posterior.var)
+        return vae
+
+    def _text_side(self) -> TextSide:
+        side = TextSide()
+        if self._go_on:
+            side.encoders = (
+                CLIPTextModel.from_pretrained(self._target / "text_encoder", dtype=torch.float32),
+                CLIPTextModelWithProjection.from_pretrained(
+                    self._target / "text_encoder_2", dtype=torch.float32
+                ),
+            )
+            for encoder in side.encoders:
+                encoder.eval().requires_grad_(False)
+            return side
+        saved = self._saved("text")
+        for encoder, name in zip(side.encoders, ("encoder", "encoder_2"), strict=True):
+            encoder.load_state_dict(saved[name])
+            encoder.eval().requires_grad_(False)
+        return side
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, means: torch.Tensor, variances: torch.Tensor) -> None:
+    """Make the latent channels uncorrelated, of mean 0 and of spread 1 / scaling_factor each.
+
+    An autoencoder puts most of its variance into brightness, and hue into a tenth of it: noise
+    would hide hue nearly until its end, and the denoiser would hardly learn it. The last layer of
+    the encoder and the first of the decoder are 1x1 convolutions, so a linear map of the latents
+    between them is exact. The posterior's variance becomes its average, as a constant.
+
+    means, variances: of posteriors, (pictures, channels, height, width).
+    """
+    flat = means.permute(1, 0, 2, 3).flatten(1).double()
+    mean = flat.mean(dim=1)
+    sizes, directions = torch.linalg.eigh(torch.cov(flat))
+    forward = directions.T / sizes.sqrt()[:, None] / vae.config.scaling_factor
+    spread = forward.square() @ variances.double().mean(dim=(0, 2, 3))
+    out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    weight, bias = out.weight[:channels, :, 0, 0].double(), out.bias[:channels].double()
+    out.weight[:channels, :, 0, 0] = (forward @ weight).float()
+    out.bias[:channels] = (forward @ (bias - mean)).float()
+    out.weight[channels:] = 0.0
+    out.bias[channels:] = spread.log().float()
+    first = back.weight[:, :, 0, 0].double()
+    back.bias += (first @ mean).float()
+    back.weight[:, :, 0, 0] = (first @ torch.linalg.inv(forward)).float()
+
+
+def _pictures(seed: int, *, whole: bool) -> torch.Tensor:
+    """A batch of random scenes, (pictures, 3, side, side) in 0 .. 1; crops hold part of a thing."""
+    chance = random.Random(seed)
+    if whole:
+        scenes = [_scene(chance) for _ in range(VAE_BATCH // 5)]
+        return draw(scenes, WIDTH, HEIGHT)
+    crops = []
+    for _ in range(VAE_BATCH):
+        scene = _scene(chance)
+        thing = chance.choice(scene.things)
+        left, top = (
+            min(max(int(at * WIDTH - chance.uniform(0.1, 0.9) * VAE_CROP), 0), WIDTH - VAE_CROP)
+            for at in (thing.x, thing.y)
+        )
+        crops.append(draw([scene], WIDTH, HEIGHT, window=(left, top, VAE_CROP, VAE_CROP)))
+    return torch.cat(crops)
+
+
+def _scene(chance: random.Random) -> Scene:
+    return place(random_description(chance), chance)

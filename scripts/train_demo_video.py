@@ -1,0 +1,123 @@
+"""Train demo-video: WAN's text encoder, autoencoder, transformer and VACE layers, small.
+
+    python scripts/train_demo_video.py                 all stages that are not done, then the files
+    python scripts/train_demo_video.py --threads 1     leave the other core alone
+
+Every stage is seeded and saved once a minute: the same command goes on where it was stopped. A
+finished stage is read back.
+
+Exit codes: 0 the model folder is written; 2 usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from demo_models.quiet import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    try:
+        train(options.work_dir, options.models_dir / "demo-video", options.seed)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(work: Path, target: Path, seed: int) -> None:
+    """All stages, and the model folder at the end."""
+    import torch
+
+    from demo_models import video_autoencoder, video_data, video_denoiser, video_text
+    from demo_models.publishing import publish
+    from demo_models.vocabulary import t5_tokenizer
+
+    torch.manual_seed(seed)
+    vae = video_autoencoder.train_autoencoder(video_autoencoder.new_autoencoder(), work, seed)
+
+    torch.manual_seed(seed + 1)
+    tokenizer = t5_tokenizer()
+    encoder = video_text.new_text_encoder(tokenizer)
+    video_text.train_text_encoder(encoder, tokenizer, work, seed)
+    read = video_text.TextReader(encoder, tokenizer)
+
+    torch.manual_seed(seed + 2)
+    base = video_denoiser.new_denoiser()
+    for kind, count in (("image", video_data.IMAGES), ("clip", video_data.CLIPS)):
+        latents = video_data.encoded(kind, count, vae, work, seed)
+        wanted = video_data.descriptions(kind, count, seed)
+        best = video_denoiser.train_denoiser(base, kind, latents, wanted, read, work, seed)
+        base.load_state_dict(best.state_dict())  # clips go on from the average over pictures
+
+    torch.manual_seed(seed + 3)
+    given = video_data.encoded("context", video_data.CONTEXTS, vae, work, seed)
+    whole = video_denoiser.with_vace(base)
+    best = video_denoiser.train_vace(
+        whole,
+        latents[: video_data.CONTEXTS],
+        video_data.contexts(given, vae),
+        wanted[: video_data.CONTEXTS],
+        read,
+        work,
+        seed,
+    )
+    whole.load_state_dict(best.state_dict())
+    transformer = video_denoiser.without_short_texts(whole)
+    publish(target, lambda folder: write(folder, tokenizer, encoder, vae, transformer))
+
+
+def write(folder: Path, tokenizer: Any, encoder: Any, vae: Any, transformer: Any) -> None:
+    """One diffusers folder in bfloat16."""
+    import torch
+    from diffusers import UniPCMultistepScheduler, WanVACEPipeline
+
+    for network in (encoder, vae, transformer):
+        network.to(torch.bfloat16)
+    WanVACEPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=REPOSITORY / "state" / "training" / "demo-video",
+        help="where the stages are saved (default: state/training/demo-video)",
+    )
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=REPOSITORY / "models",
+        help="where demo-video is written (default: models)",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
+    parser.add_argument("--seed", type=int, default=11, help="of all random numbers (default: 11)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""How demo-video is trained and measured: the shortcuts are exact, and the measures see motion."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
+from PIL import Image
+
+from demo_models import (
+    muon,
+    video_autoencoder,
+    video_checks,
+    video_context,
+    video_data,
+    video_denoiser,
+)
+from demo_models.checkers import motion_of
+from demo_models.scenes import MOTIONS, Description, Thing, held_out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: threads would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(5)
+    made = video_autoencoder.new_autoencoder()
+    torch.nn.init.normal_(made.encoder.conv_in.weight, std=0.2)  # every tap over time counts
+    made.register_to_config(
+        latents_mean=[0.1 * i for i in range(16)], latents_std=[1 + 0.1 * i for i in range(16)]
+    )
+    return made.requires_grad_(False)
+
+
+def test_many_equal_zero_positions_may_be_one_key_with_their_number_as_weight():
+    torch.manual_seed(1)
+    network = video_denoiser.new_denoiser()
+    lengths = torch.tensor([3, 7])
+    texts = torch.randn(2, 8, 64) * (torch.arange(8) < lengths[:, None]).unsqueeze(-1)
+    latents, level = torch.randn(2, 16, 1, 4, 4), torch.tensor([200.0, 900.0])
+    padded = torch.nn.functional.pad(texts, (0, 0, 0, video_denoiser.TEXT_TOKENS - 8))
+    with torch.no_grad():
+        for parameter in network.parameters():  # zero keys and values are not special
+            parameter += 0.05 * torch.randn_like(parameter)
+        expected = network(latents, level, padded, return_dict=False)[0]
+
+        video_denoiser.use_short_texts(network).set_lengths(lengths, 8)
+        short = network(latents, level, texts, return_dict=False)[0]
+
+    assert torch.allclose(short, expected, atol=1e-5)
+
+
+def test_the_context_of_given_frames_is_the_pipelines_own(vae):
+    network = video_denoiser.with_vace(video_denoiser.new_denoiser())
+    pipeline = WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(),
+        transformer=network,
+    )
+    clip = video_autoencoder.pixels(video_data.clip(3, 0).scenes)[None, :, :, 40:56, 40:56]
+    for mode in video_context.MODES:
+        video, masks = video_context.given_only(clip, [mode])
+        latents = pipeline.prepare_video_latents(
+            video, masks.expand(-1, 3, -1, -1, -1), [[]], None, torch.device("cpu")
+        )
+        folded = pipeline.prepare_masks(masks.expand(-1, 3, -1, -1, -1), [[]])
+
+        ours = video_context.context(
+            video_context.normalised(vae, video),
+            video_context.normalised(vae, torch.zeros_like(video)),
+            masks,
+        )
+
+        assert torch.allclose(ours, torch.cat([latents, folded], dim=1), atol=1e-4)
+
+
+def test_new_vace_layers_change_nothing_yet():
+    torch.manual_seed(2)
+    base = video_denoiser.new_denoiser()
+    whole = video_denoiser.with_vace(base)
+    latents, level = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0])
+    texts = torch.randn(1, 6, 64)
+    with torch.no_grad():
+        expected = base(latents, level, texts, return_dict=False)[0]
+        led = whole(
+            latents,
+            level,
+            texts,
+            control_hidden_states=torch.randn(1, 96, 2, 4, 4),
+            return_dict=False,
+        )[0]
+
+    assert torch.allclose(led, expected, atol=1e-5)
+
+
+def test_the_quick_autoencoder_computes_the_same(vae):
+    clips = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    expected = [_round_trip(vae, one) for one in (clips, clips[:, :, :1])]
+
+    with video_autoencoder.quick_autoencoder():
+        quick = [_round_trip(vae, one) for one in (clips, clips[:, :, :1])]
+
+    for one, other in zip(quick, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_muon_makes_the_singular_values_of_all_matrices_alike():
+    torch.manual_seed(3)
+    for matrices in (torch.randn(2, 16, 40), torch.randn(2, 40, 16)):
+        values = torch.linalg.svdvals(muon.orthogonal(matrices))
+
+        assert matrices.shape == muon.orthogonal(matrices).shape
+        assert 0.5 < float(values.min()) and float(values.max()) < 1.5
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_the_motion_of_a_drawn_clip_is_seen(motion):
+    chance = random.Random(motion)
+    wanted = Description((Thing("star", "green"), Thing("square", "red")), None, "grey", motion)
+
+    filmed = video_checks.judged("", wanted, video_checks.drawn(wanted, chance))
+
+    assert (filmed.motion, filmed.wrong) == (motion, [])
+
+
+def test_a_still_clip_and_an_empty_one_have_no_motion():
+    wanted = Description((Thing("star", "green"),), None, "grey", "left")
+    still = [video_checks.drawn(wanted, random.Random(4))[0]] * 17
+
+    assert motion_of(still) is None
+    assert motion_of([np.full((96, 96, 3), 245, np.uint8)] * 17) is None
+
+
+def test_the_error_of_given_frames_counts_those_only():
+    truth = np.zeros((17, 96, 96, 3), np.uint8)
+    clip = truth.copy()
+    clip[1:] = 255
+
+    assert video_checks.frame_error(clip, truth, "start") == 0
+    assert video_checks.frame_error(clip, truth, "end") == 1
+    assert video_checks.frame_error(clip, truth, "both") == 0.5
+
+
+def test_training_clips_are_the_same_for_the_same_number_and_never_held_out():
+    first, again = video_data.clip(11, 5), video_data.clip(11, 5)
+    other = video_data.clip(11, 6)
+
+    assert first == again != other
+    assert not any(held_out(video_data.clip(11, number).wanted) for number in range(30))
+
+
+def test_training_captions_are_sometimes_empty():
+    chance = random.Random(6)
+    wanted = Description((Thing("star", "green"),), None, None, "left")
+    texts = [video_denoiser.random_caption(wanted, chance) for _ in range(300)]
+
+    assert 10 < sum(not text for text in texts) < 60
+    assert sum("star" in text for text in texts) > 200
+
+
+def test_a_sheet_has_a_row_for_every_clip():
+    wanted = Description((Thing("star", "green"),), None, None, "left")
+    filmed = video_checks.judged("x", wanted, video_checks.drawn(wanted, random.Random(1)))
+
+    sheet = video_checks.film_sheet([filmed, filmed])
+
+    assert isinstance(sheet, Image.Image)
+    assert sheet.height >= 2 * 96
+
+
+def _round_trip(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(clips).latent_dist.mode()).sample
