@@ -116,10 +116,11 @@ def test_sigterm_drains_running_work_and_leaves_nothing_behind(tmp_path):
 
         daemon.process.send_signal(signal.SIGTERM)
 
-        refused = eventually(lambda: _refused(daemon), 10)
-        assert refused.json()["error_code"] == "draining"
+        # Asked by /health: a chat that comes a moment too early is accepted, and waits its turn.
+        eventually(lambda: daemon.chat.get("/health").status_code == 503, 10)
+        refused = daemon.chat.post("/chat", json=SHORT)
+        assert (refused.status_code, refused.json()["error_code"]) == (503, "draining")
         assert int(refused.headers["Retry-After"]) >= 1
-        assert daemon.chat.get("/health").status_code == 503
         assert chat.result(60).json()["success"] is True
         assert daemon.process.wait(30) == 0
         assert gone(family)
@@ -189,6 +190,7 @@ def test_a_damaged_model_is_reported_with_its_path_and_the_cure(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
 
     def damaged(text: str) -> str:
+        text = text.replace(', "endless"]', "]")
         return text.replace('path = "demo-chat"\nshipped = true', 'path = "damaged"')
 
     with running_daemon(
@@ -250,11 +252,6 @@ def test_chat_and_jobs_run_at_the_same_time(tmp_path):
 def _final(daemon: Daemon, job: dict[str, Any]) -> dict[str, Any] | None:
     body = answer_of(daemon.media, job["status_url"])
     return body if body and body.get("status") in ("completed", "failed", "cancelled") else None
-
-
-def _refused(daemon: Daemon) -> httpx.Response | None:
-    answer = daemon.chat.post("/chat", json=SHORT)
-    return answer if answer.status_code == 503 else None
 
 
 def _unavailable(client: httpx.Client) -> dict[str, Any] | None:
