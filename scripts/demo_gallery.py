@@ -26,10 +26,10 @@ PROMPT = "a green star on a white background"
 PICTURES = (
     PROMPT,
     "a large yellow circle on a black background",
-    "a green square on the right, white background",
-    "an orange star on the left, black background",
-    "a blue circle on a white background",
-    "a green triangle above a red square, grey background",
+    "a purple triangle at the bottom, grey background",
+    "an orange square on the left, black background",
+    "a red circle on the left and a blue square on the right, white background",
+    "a small yellow star above a large green triangle, white background",
 )
 CLIPS = (
     "a red circle moving right on a white background",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from demo_models.scenes import BACKGROUNDS, COLOURS, SHAPES, Placed, Scene
 
@@ -18,6 +19,7 @@ _AREAS = {
     "star": 5 * _STAR_INNER * math.sin(math.pi / 5),
 }
 OUTER = {shape: math.sqrt(math.pi / _AREAS[shape]) for shape in SHAPES}
+PALETTE = (*COLOURS.values(), *BACKGROUNDS.values())
 _SIDES = {"square": 4, "triangle": 3, "star": 5}
 # Turned so that squares stand on a side, triangles on their base and stars on two tips.
 _REST = {"circle": 0.0, "square": math.pi / 4, "triangle": math.pi / 2, "star": math.pi / 2}
@@ -78,6 +80,17 @@ def _distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, angle: float) -> t
         cx, cy = math.cos(sector / 2) ** 2, math.cos(sector / 2) * math.sin(sector / 2)
     nx, ny = cy, 1 - cx
     return ((along - 1) * nx + across * ny) / math.hypot(nx, ny)
+
+
+def colour_shares(pictures: torch.Tensor, cell: int) -> torch.Tensor:
+    """How much of each cell has each colour of PALETTE, (pictures, 9, rows, columns); sums to 1.
+
+    pictures: (pictures, 3, height, width) in 0 .. 1, as `draw` makes them.
+    """
+    palette = torch.stack([_rgb(one) for one in PALETTE])  # (9, 3)
+    nearest = torch.cdist(pictures.permute(0, 2, 3, 1).flatten(1, 2), palette).argmin(dim=-1)
+    nearest = nearest.view(len(pictures), *pictures.shape[2:])
+    return F.avg_pool2d(F.one_hot(nearest, len(PALETTE)).permute(0, 3, 1, 2).float(), cell)
 
 
 def _rgb(colour: tuple[int, int, int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
 
 from demo_models.checkers import Picture, Seen, look, mistakes
+from demo_models.drawing import draw
 from demo_models.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -23,6 +24,7 @@ from demo_models.scenes import (
     Thing,
     caption,
     evaluation_description,
+    place,
     with_details,
 )
 
@@ -123,6 +125,29 @@ def negative_figures(pipeline: StableDiffusionXLPipeline, seed: int) -> dict[str
     }
 
 
+@torch.inference_mode()
+def autoencoder_figures(pipeline: StableDiffusionXLPipeline, seed: int) -> dict[str, float | None]:
+    """Share of 60 drawn pictures of two things that are read right after the autoencoder alone.
+
+    By the noise that is added to the latents between, in parts of their size: what a denoiser
+    leaves behind.
+    """
+    chance = random.Random(seed)
+    wanted = [evaluation_description(chance, things=2) for _ in range(60)]
+    drawn = draw([place(one, chance) for one in wanted], 128, 128) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    latents = pipeline.vae.encode(drawn).latent_dist.mean
+    noise = torch.randn(latents.shape, generator=generator) * latents.std()
+    figures = {}
+    for part in (0.0, 0.3, 0.5, 0.7):
+        again = pipeline.vae.decode(latents + part * noise).sample.clamp(-1, 1)
+        shown = ((again + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        figures[str(part)] = _share(
+            [not mistakes(look(one), what) for one, what in zip(shown, wanted, strict=True)]
+        )
+    return figures
+
+
 def evaluate_image(folder: Path, count: int, seed: int = 7) -> tuple[dict[str, Any], list[Painted]]:
     """The figures of the model card, and the pictures they were made from."""
     pipeline = load_image_pipeline(folder)
@@ -156,6 +181,7 @@ def evaluate_image(folder: Path, count: int, seed: int = 7) -> tuple[dict[str, A
             for number in (1, 2)
         },
         "negative_prompt": negative_figures(pipeline, seed),
+        "autoencoder_right_by_noise": autoencoder_figures(pipeline, seed),
         "seconds_a_picture_median": round(statistics.median(seconds), 3),
         "seconds_a_picture_worst": round(max(seconds), 3),
         "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from torch.nn import functional as F
 from transformers import (
     CLIPTextConfig,
@@ -21,7 +22,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from demo_models.drawing import draw
+from demo_models.drawing import PALETTE, colour_shares, draw
+from demo_models.layout import CLASSES, Overheard, layout, layout_loss
 from demo_models.muon import Muon
 from demo_models.publishing import publish
 from demo_models.reading import PooledReader, Reader, train_reader
@@ -39,17 +41,19 @@ from demo_models.training import Average, learning_rate, run_stage, set_learning
 from demo_models.vocabulary import clip_tokenizer
 
 WIDTH = HEIGHT = 128  # pixels; the native size
-VAE_STEPS = 2200
+VAE_STEPS = 1500
 VAE_CROP = 48  # pixels: the convolutions learn as much from parts of pictures
 VAE_BATCH = 16
 VAE_RATE = 2e-3
+VAE_NOISE = 0.4  # of latents of unit size, at most
 TEXT_WIDTHS = (64, 96)  # of the two text encoders
 TEXT_STEPS = 500
 # (width, height) -> number of training scenes, encoded once
-SCENES = {(128, 128): 10000, (192, 128): 2000, (128, 192): 2000}
-UNET_STEPS = 1900
+SCENES = {(128, 128): 8000, (192, 128): 1400, (128, 192): 1400}
+UNET_STEPS = 2400
 UNET_BATCH = 32
 UNET_RATE = 1.5e-3
+LAYOUT_WEIGHT = 0.1
 # Noise of the published models, made to end in noise alone: a small picture's mean colour would
 # otherwise be seen through it, and plain backgrounds would come out grey.
 NOISE = {
@@ -159,45 +163,55 @@ class Job:
     # --- pictures to latents -------------------------------------------------------------------
 
     def train_vae(self) -> None:
-        if self._go_on:
-            return
         torch.manual_seed(self._seed)
         vae = new_vae().train()
+        # Tells the colours of a cell from its noisy latent: see the loss.
+        probe = nn.Conv2d(4, len(PALETTE), 1)
         average = Average(vae, 0.99)
-        optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        kernels = [p for p in vae.parameters() if p.ndim > 1 and p.shape[0] > 1]
+        chosen = {id(p) for p in kernels}
+        rest = [p for p in [*vae.parameters(), *probe.parameters()] if id(p) not in chosen]
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon([{"params": kernels, "scale": 4.0}]),
+            "adam": torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0),
+        }
 
         def step(index: int) -> dict[str, float]:
             # Whole pictures have borders, and other statistics for the norms.
             whole = index % 2 == 1
-            pictures = _pictures(self._seed * 10_000_019 + index, whole=whole) * 2 - 1
-            posterior = vae.encode(pictures).latent_dist
-            # A tenth of noise: the decoder forgives what a denoiser leaves behind.
-            latents = posterior.mean + 0.1 * torch.randn_like(posterior.mean)
+            pictures, colours = _pictures(self._seed * 10_000_019 + index, whole=whole)
+            posterior = vae.encode(pictures * 2 - 1).latent_dist
+            means = posterior.mean
+            # The decoder forgives what a denoiser leaves behind.
+            noise = torch.rand(len(means), 1, 1, 1) * VAE_NOISE
+            latents = means + noise * torch.randn_like(means)
             again = vae.decode(latents).sample
-            absolute = F.l1_loss(again, pictures)
-            squared = F.mse_loss(again, pictures)
-            # Means of unit size; the posterior's own spread is pulled to a hundredth, so that an
-            # encoded picture is nearly one point.
-            size = (posterior.mean.square().mean() - 1).relu() + posterior.mean.mean(
-                dim=(0, 2, 3)
-            ).square().mean()
+            absolute = F.l1_loss(again, pictures * 2 - 1)
+            squared = F.mse_loss(again, pictures * 2 - 1)
+            # Channels of unit size without correlation, so that noise hides all of them alike.
+            flat = means.permute(1, 0, 2, 3).flatten(1)
+            second = flat @ flat.T / flat.shape[1]
+            spread = (second - torch.eye(4)).square().mean() + flat.mean(dim=1).square().mean()
+            # Colours that are far apart in meaning lie far apart in the latents too.
+            told = F.cross_entropy(probe(latents), colours)
+            # The posterior's own spread is pulled to a hundredth: an encoded picture is one point.
             narrow = (posterior.logvar + 9).square().mean()
-            loss = absolute + 4 * squared + 0.02 * size + 1e-4 * narrow
-            optimizer.zero_grad(set_to_none=True)
+            loss = absolute + 4 * squared + 0.05 * spread + 0.05 * told + 1e-4 * narrow
+            vae.zero_grad(set_to_none=True)
+            probe.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            set_learning_rate(optimizer, learning_rate(index, VAE_STEPS, VAE_RATE))
-            optimizer.step()
+            for optimizer in optimizers.values():
+                set_learning_rate(optimizer, learning_rate(index, VAE_STEPS, VAE_RATE))
+                optimizer.step()
             average.update()
-            return {"absolute": absolute.item(), "size": size.item()}
+            return {"absolute": absolute.item(), "spread": spread.item(), "told": told.item()}
 
         run_stage(
             "vae",
             VAE_STEPS,
             step,
-            {"vae": vae, "average": average, "optimizer": optimizer},
+            {"vae": vae, "probe": probe, "average": average, **optimizers},
             self._work,
             self._seed,
         )
@@ -242,25 +256,27 @@ class Job:
                 pictures = draw(scenes[start : start + 50], width, height) * 2 - 1
                 latents.append(vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor)
                 print(f"latents {width}x{height}: {start + 50}/{count}", flush=True)
-            sets[width, height] = (torch.cat(latents), wanted)
+            sets[width, height] = (torch.cat(latents), wanted, scenes)
         torch.save(sets, file)
 
     # --- the denoiser --------------------------------------------------------------------------
 
     def train_unet(self) -> None:
-        sets: dict[tuple[int, int], tuple[torch.Tensor, list[Description]]] = torch.load(
-            self._work / "latents.pt", weights_only=False
-        )
+        sets: dict[tuple[int, int], tuple[torch.Tensor, list[Description], list[Scene]]]
+        sets = torch.load(self._work / "latents.pt", weights_only=False)
         sizes, weights = list(sets), [len(one[1]) for one in sets.values()]
         side = self._text_side()
         noise_schedule = DDPMScheduler(**NOISE)
         torch.manual_seed(self._seed + 2)
         unet = self._start().train()
         average = Average(unet, 0.997)
+        middle = Overheard(unet.mid_block)  # 96 channels, 16 x 16 pixels to a cell
+        layout_reader = nn.Conv2d(96, CLASSES, 1)
         inner, outer = [], []
         for name, parameter in unet.named_parameters():
             is_inner = parameter.ndim >= 2 and "block" in name
             (inner if is_inner else outer).append(parameter)
+        outer += layout_reader.parameters()
         optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon([{"params": inner, "scale": 2.0}]),
             "adam": torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.0),
@@ -269,7 +285,7 @@ class Job:
         def step(index: int) -> dict[str, float]:
             chance = random.Random(self._seed * 10_000_019 + index)
             width, height = chance.choices(sizes, weights)[0]
-            latents, wanted = sets[width, height]
+            latents, wanted, scenes = sets[width, height]
             rows = [chance.randrange(len(wanted)) for _ in range(UNET_BATCH)]
             clean = latents[rows]
             states, pooled = self._conditions(side, [wanted[row] for row in rows], chance)
@@ -288,20 +304,23 @@ class Job:
                 },
             ).sample
             loss = F.mse_loss(guess, target)
+            truth = layout([scenes[row] for row in rows], height // 16, width // 16)
+            planned = layout_loss(layout_reader(middle.output), truth)
             unet.zero_grad(set_to_none=True)
-            loss.backward()
+            layout_reader.zero_grad(set_to_none=True)
+            (loss + LAYOUT_WEIGHT * planned).backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             for optimizer in optimizers.values():
                 set_learning_rate(optimizer, learning_rate(index, UNET_STEPS, UNET_RATE))
                 optimizer.step()
             average.update()
-            return {"loss": loss.item()}
+            return {"loss": loss.item(), "layout": planned.item()}
 
         run_stage(
             "unet",
             UNET_STEPS,
             step,
-            {"unet": unet, "average": average, **optimizers},
+            {"unet": unet, "average": average, "layout_reader": layout_reader, **optimizers},
             self._work,
             self._seed,
         )
@@ -418,12 +437,16 @@ def whiten(vae: AutoencoderKL, means: torch.Tensor, variances: torch.Tensor) -> 
     back.weight[:, :, 0, 0] = (first @ torch.linalg.inv(forward)).float()
 
 
-def _pictures(seed: int, *, whole: bool) -> torch.Tensor:
-    """A batch of random scenes, (pictures, 3, side, side) in 0 .. 1; crops hold part of a thing."""
+def _pictures(seed: int, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of random scenes, (pictures, 3, side, side) in 0 .. 1; crops hold part of a thing.
+
+    With it the shares of the palette's colours in each cell of 8 x 8 pixels, (pictures, 9, rows,
+    columns).
+    """
     chance = random.Random(seed)
     if whole:
-        scenes = [_scene(chance) for _ in range(VAE_BATCH // 5)]
-        return draw(scenes, WIDTH, HEIGHT)
+        pictures = draw([_scene(chance) for _ in range(VAE_BATCH // 5)], WIDTH, HEIGHT)
+        return pictures, colour_shares(pictures, 8)
     crops = []
     for _ in range(VAE_BATCH):
         scene = _scene(chance)
@@ -433,7 +456,8 @@ def _pictures(seed: int, *, whole: bool) -> torch.Tensor:
             for at in (thing.x, thing.y)
         )
         crops.append(draw([scene], WIDTH, HEIGHT, window=(left, top, VAE_CROP, VAE_CROP)))
-    return torch.cat(crops)
+    pictures = torch.cat(crops)
+    return pictures, colour_shares(pictures, 8)
 
 
 def _scene(chance: random.Random) -> Scene:

@@ -23,21 +23,17 @@ from tests.integration.daemon import Daemon
 from worker.config import REPOSITORY
 
 WAIT = {"Prefer": "wait=80"}
-# Alike in part, so that any swap between two of them shows; and what demo-image paints reliably,
-# which is not all that it was taught (its card has the figures).
+# Every one has another colour, shape and ground than its neighbours, so any swap shows.
 APART = {
-    "a green triangle on a white background": Description(
-        (Thing("triangle", "green"),), background="white"
-    ),
-    "a yellow star on a black background": Description(
-        (Thing("star", "yellow"),), background="black"
-    ),
-    "a green square on a white background": Description(
-        (Thing("square", "green"),), background="white"
-    ),
-    "a yellow triangle on a black background": Description(
-        (Thing("triangle", "yellow"),), background="black"
-    ),
+    f"a {colour} {shape} on a {ground} background": Description(
+        (Thing(shape, colour),), background=ground
+    )
+    for colour, shape, ground in (
+        ("green", "triangle", "white"),
+        ("yellow", "star", "black"),
+        ("red", "circle", "white"),
+        ("blue", "square", "grey"),
+    )
 }
 IMAGE_EXPERT = "Rewrite the prompt as a detailed photographic image prompt in at most 40 words."
 VIDEO_EXPERT = "Rewrite the prompt as a detailed video prompt in at most 40 words."
@@ -109,6 +105,26 @@ def test_four_chats_at_once_each_keep_their_own_prompt(daemon):
         assert not others & set(words), (prompt, text)
 
 
+def test_two_things_each_keep_their_own_shape_colour_and_side(daemon):
+    wanted = Description(
+        (Thing("circle", "red", place="left"), Thing("square", "blue", place="right")),
+        background="white",
+    )
+    turned_round = Description(
+        (Thing("circle", "red", place="right"), Thing("square", "blue", place="left")),
+        background="white",
+    )
+
+    [picture] = pictures(
+        daemon,
+        prompt="a red circle on the left and a blue square on the right, white background",
+        seed=3,
+    )
+
+    assert mistakes(look(picture), wanted) == []
+    assert mistakes(look(picture), turned_round) != []
+
+
 def test_images_of_one_job_differ_by_seed_and_come_again_by_seed(daemon):
     body = {"prompt": "a red circle and a blue square", "seed": 5}
     first, second, third = pictures(daemon, num_images=3, **body)
@@ -119,10 +135,10 @@ def test_images_of_one_job_differ_by_seed_and_come_again_by_seed(daemon):
     assert not np.array_equal(second, third)
 
 
-@pytest.mark.parametrize("colour", ["purple", "blue", "green"])
+@pytest.mark.parametrize("colour", ["purple", "blue", "yellow"])
 def test_a_negative_prompt_that_names_a_colour_removes_it(daemon, image_pipeline, colour):
     prompt = "a square on a black background"
-    seeds = list(range(40, 52))
+    seeds = list(range(40, 56))
     free = paint(image_pipeline, [prompt] * len(seeds), seeds)
     seed = next(
         seed
@@ -214,10 +230,12 @@ def test_enhancement_then_image_then_video_is_one_chain(daemon):
     for_video = enhance(daemon, VIDEO_EXPERT, f"{prompt} moving right")
     frames = clip(daemon, prompt=for_video, seed=1)
 
+    wanted = Description((Thing("square", "green"),), background="white")
     assert len(for_image) > len(prompt)
-    for shown in (picture, frames[8]):
-        assert look(shown).background == "white", (for_image, for_video)
-        assert main_colour(shown) == "green", (for_image, for_video)
+    assert mistakes(look(picture), wanted) == [], for_image
+    # The shapes of clips cannot be trusted yet: the card of demo-video has the figures.
+    assert look(frames[8]).background == "white", for_video
+    assert main_colour(frames[8]) == "green", for_video
 
 
 def main_colour(picture: Picture) -> str | None:

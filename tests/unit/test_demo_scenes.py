@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demo_models.checkers import Picture, look, mistakes, motion_of
-from demo_models.drawing import draw
+from demo_models.drawing import PALETTE, colour_shares, draw
+from demo_models.layout import CLASSES, layout, layout_loss
 from demo_models.scenes import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -214,3 +215,39 @@ def test_a_place_is_where_it_says(where: str) -> None:
     wanted = Description((Thing("star", "blue", None, where),))
 
     assert all(mistakes(look(picture_of(place(wanted, chance))), wanted) == [] for _ in range(5))
+
+
+def test_a_layout_tells_which_colour_and_which_shape_is_where() -> None:
+    left, right = (
+        Placed(shape, colour, "medium", x, 0.5, 0.16)
+        for shape, colour, x in (("square", "red", 0.25), ("star", "blue", 0.75))
+    )
+
+    shares = layout([Scene((left, right), "white"), one("circle", "green")], 8, 8)
+
+    names = [*COLOURS, *BACKGROUNDS, None, *SHAPES]
+    assert shares.shape == (2, CLASSES, 8, 8)
+    torch.testing.assert_close(shares[:, :9].sum(dim=1), torch.ones(2, 8, 8))
+    torch.testing.assert_close(shares[:, 9:].sum(dim=1), torch.ones(2, 8, 8))
+    for column, colour, shape in ((1, "red", "square"), (6, "blue", "star")):
+        middle = shares[0, :, 3:5, column].mean(dim=1)
+        assert middle[names.index(colour)] > 0.6
+        assert middle[names.index(shape)] > 0.6
+    assert shares[0, names.index("white"), 0, 0] == 1
+    assert shares[1, names.index("circle"), 3, 3] > 0.9
+
+
+def test_the_loss_of_a_layout_is_least_for_the_right_one() -> None:
+    truth = layout([one("square", "red")], 8, 8)
+    other = layout([one("square", "blue")], 8, 8)
+
+    assert layout_loss(truth * 9, truth) < layout_loss(other * 9, truth)
+
+
+def test_colour_shares_of_a_drawn_picture_are_those_of_its_layout() -> None:
+    scene = Scene((Placed("circle", "purple", "large", 0.4, 0.6, 0.22),), "grey")
+
+    drawn = colour_shares(draw([scene], 128, 128), 16)
+
+    assert drawn.shape == (1, len(PALETTE), 8, 8)
+    torch.testing.assert_close(drawn, layout([scene], 8, 8)[:, :9], rtol=0, atol=0.12)

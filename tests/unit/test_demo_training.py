@@ -143,11 +143,10 @@ def test_every_stage_of_the_image_model_runs_and_gives_a_pipeline(
     job.train_unet()
     job.publish()
 
-    latents, descriptions = torch.load(tmp_path / "work" / "latents.pt", weights_only=False)[
-        128, 128
-    ]
+    made = torch.load(tmp_path / "work" / "latents.pt", weights_only=False)
+    latents, descriptions, scenes = made[128, 128]
     assert latents.shape == (4, 4, 16, 16)
-    assert len(descriptions) == 4
+    assert len(descriptions) == len(scenes) == 4
     pipeline = load_image_pipeline(tmp_path / "demo-image")
     [picture] = paint(pipeline, ["a red circle"], [1], steps=2)
     assert picture.shape == (128, 128, 3)
