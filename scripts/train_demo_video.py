@@ -23,7 +23,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    sys.path.insert(0, str(REPOSITORY / "scripts"))
     from demo_models.quiet import quiet_libraries
 
     quiet_libraries()

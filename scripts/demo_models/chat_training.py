@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from demo_models.chat_vocabulary import MESSAGE_END, MESSAGE_START, VOCABULARY
 from demo_models.conversation import Example, training_example
+from demo_models.muon import Muon
 from demo_models.training import Average, learning_rate, set_learning_rate
 
 BATCH = 24  # conversations per step; some 2400 tokens
@@ -204,50 +206,22 @@ def answer_loss(model: Qwen2ForCausalLM, ids: torch.Tensor, weights: torch.Tenso
 def make_optimizers(model: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the matrices inside the layers, AdamW for the embedding, norms and biases."""
     inside = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in inside if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in inside if p.ndim != 2 or "embed_tokens" in name]
+    by_shape = defaultdict(list)
+    for name, parameter in inside:
+        if parameter.ndim == 2 and "embed_tokens" not in name:
+            by_shape[tuple(parameter.shape)].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            # Larger for matrices that widen, instead of Muon's own rule, which is divided out.
+            "scale": 0.02 * max(1.0, rows / columns) ** 0.5 / (0.2 * max(rows, columns) ** 0.5),
+        }
+        for (rows, columns), parameters in by_shape.items()
+    ]
     return (
-        Muon([{"params": matrices, "scale": 0.02}]),
+        Muon(groups),
         torch.optim.AdamW(
             [{"params": others, "scale": 0.004}], betas=(0.9, 0.95), weight_decay=0.0, eps=1e-10
         ),
     )
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz (Jordan et al., "Muon", 2024).
-
-    torch.optim.Muon computes in bfloat16, which a CPU without such units does thirty times slower
-    than this in float32.
-    """
-
-    def __init__(self, groups: list[dict[str, object]], momentum: float = 0.95):
-        super().__init__(groups, {"lr": 0.0, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                buffer = state["momentum"]
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(buffer, group["momentum"]))
-                scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-                parameter.add_(update, alpha=-group["lr"] * scale)
-
-
-def orthogonal(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """About the nearest matrix with orthogonal rows or columns; singular values 0.7 .. 1.2."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Jordan et al.
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    for _ in range(rounds):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x

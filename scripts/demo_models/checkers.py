@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from demo_models.drawing import OUTER, coverage
+from demo_models.drawing import OUTER, PALETTE, coverage
 from demo_models.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Description, Placed
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3) RGB
 Mask = npt.NDArray[np.bool_]  # (height, width)
 
 _NAMES = (*COLOURS, *BACKGROUNDS)
-_PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], dtype=np.int32)
+_PALETTE = np.array(PALETTE, dtype=np.int32)
 # Smaller blobs are specks: half of the smallest thing's area, as a part of the shorter side
 # squared.
 _MIN_AREA = 0.5 * math.pi * SIZES["small"][0] ** 2

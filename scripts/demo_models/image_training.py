@@ -163,6 +163,8 @@ class Job:
     # --- pictures to latents -------------------------------------------------------------------
 
     def train_vae(self) -> None:
+        if self._go_on:
+            return
         torch.manual_seed(self._seed)
         vae = new_vae().train()
         # Tells the colours of a cell from its noisy latent: see the loss.
@@ -414,10 +416,9 @@ class Job:
 def whiten(vae: AutoencoderKL, means: torch.Tensor, variances: torch.Tensor) -> None:
     """Make the latent channels uncorrelated, of mean 0 and of spread 1 / scaling_factor each.
 
-    An autoencoder puts most of its variance into brightness, and hue into a tenth of it: noise
-    would hide hue nearly until its end, and the denoiser would hardly learn it. The last layer of
+    Training brings them near to that (`train_vae`); this is the rest, exactly. The last layer of
     the encoder and the first of the decoder are 1x1 convolutions, so a linear map of the latents
-    between them is exact. The posterior's variance becomes its average, as a constant.
+    between them changes no picture. The posterior's variance becomes its average, as a constant.
 
     means, variances: of posteriors, (pictures, channels, height, width).
     """

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import Qwen2Tokenizer
 
 from demo_models import chat_words, scenes, small_talk
 from demo_models.chat_checks import added, answers_right, contradictions, is_right, judge, style_of
 from demo_models.chat_network import new_network
-from demo_models.chat_training import Encoder, orthogonal, passes
+from demo_models.chat_training import Encoder, make_optimizers, passes
 from demo_models.chat_vocabulary import MESSAGE_END, VOCABULARY, chat_tokenizer, prompt_words
 from demo_models.conversation import (
     Example,
@@ -31,6 +32,7 @@ from demo_models.conversation import (
     unknown_word,
     word_count,
 )
+from demo_models.training import set_learning_rate
 from worker.engine.chat.template import find_template
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
 from worker.protocol.messages import ChatMessage
@@ -358,11 +360,17 @@ def test_an_untrained_network_already_looks_where_copying_must_look(
     assert float(to_what_followed[[0, 3]].min()) > 1.5 * float(to_what_followed[others].max())
 
 
-@pytest.mark.parametrize("shape", [(64, 192), (192, 64)])
-def test_an_update_moves_all_directions_alike(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(matrix))
+@pytest.mark.parametrize(("shape", "size"), [((64, 192), 0.02), ((192, 64), 0.02 * 3**0.5)])
+def test_an_update_moves_all_directions_alike(shape: tuple[int, int], size: float) -> None:
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices, _ = make_optimizers(layer)
 
+    set_learning_rate(matrices, 1.0)
+    matrices.step()
+
+    values = torch.linalg.svdvals((layer.weight.detach() - before) / size)
     assert 0.5 < float(values.min()) and float(values.max()) < 1.3
 
 

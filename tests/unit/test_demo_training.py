@@ -152,6 +152,16 @@ def test_every_stage_of_the_image_model_runs_and_gives_a_pipeline(
     assert picture.shape == (128, 128, 3)
 
 
+def test_going_on_from_published_weights_trains_the_denoiser_alone(tmp_path: Path) -> None:
+    """It trained an autoencoder for ten minutes that nothing used."""
+    job = image_training.Job(tmp_path / "work", tmp_path / "demo-image", seed=3, go_on=True)
+
+    job.train_vae()
+    job.train_text()
+
+    assert not (tmp_path / "work").exists()
+
+
 def test_whitened_latents_are_uncorrelated_and_decode_to_the_same_picture() -> None:
     torch.manual_seed(1)
     plain, white = image_training.new_vae().eval(), image_training.new_vae().eval()
