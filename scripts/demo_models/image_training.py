@@ -50,7 +50,7 @@ TEXT_WIDTHS = (64, 96)  # of the two text encoders
 TEXT_STEPS = 500
 # (width, height) -> number of training scenes, encoded once
 SCENES = {(128, 128): 8000, (192, 128): 1400, (128, 192): 1400}
-UNET_STEPS = 2400
+UNET_STEPS, FURTHER_STEPS = 2400, 1400  # of new weights, of published ones
 UNET_BATCH = 32
 UNET_RATE = 1.5e-3
 LAYOUT_WEIGHT = 0.1
@@ -251,7 +251,11 @@ class Job:
         chance = random.Random(self._seed)
         sets = {}
         for (width, height), count in SCENES.items():
-            wanted = [training_description(chance) for _ in range(count)]
+            # What is learned last is two things, and how many there are when no place tells.
+            wanted = [
+                training_description(chance, things=2 if self._go_on and odd % 2 else None)
+                for odd in range(count)
+            ]
             scenes = [place(one, chance, aspect=width / height) for one in wanted]
             latents = []
             for start in range(0, count, 50):
@@ -259,6 +263,7 @@ class Job:
                 latents.append(vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor)
                 print(f"latents {width}x{height}: {start + 50}/{count}", flush=True)
             sets[width, height] = (torch.cat(latents), wanted, scenes)
+        self._work.mkdir(parents=True, exist_ok=True)
         torch.save(sets, file)
 
     # --- the denoiser --------------------------------------------------------------------------
@@ -270,6 +275,7 @@ class Job:
         side = self._text_side()
         noise_schedule = DDPMScheduler(**NOISE)
         torch.manual_seed(self._seed + 2)
+        steps = FURTHER_STEPS if self._go_on else UNET_STEPS
         unet = self._start().train()
         average = Average(unet, 0.997)
         middle = Overheard(unet.mid_block)  # 96 channels, 16 x 16 pixels to a cell
@@ -313,14 +319,14 @@ class Job:
             (loss + LAYOUT_WEIGHT * planned).backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             for optimizer in optimizers.values():
-                set_learning_rate(optimizer, learning_rate(index, UNET_STEPS, UNET_RATE))
+                set_learning_rate(optimizer, learning_rate(index, steps, UNET_RATE))
                 optimizer.step()
             average.update()
             return {"loss": loss.item(), "layout": planned.item()}
 
         run_stage(
             "unet",
-            UNET_STEPS,
+            steps,
             step,
             {"unet": unet, "average": average, "layout_reader": layout_reader, **optimizers},
             self._work,
@@ -383,7 +389,10 @@ class Job:
             published = AutoencoderKL.from_pretrained(
                 self._target, subfolder="vae", dtype=torch.float32
             )
-            return published.eval().requires_grad_(False)
+            # What is loaded knows its folder, and would write that into the new one.
+            vae = new_vae().eval().requires_grad_(False)
+            vae.load_state_dict(published.state_dict())
+            return vae
         vae = new_vae().eval().requires_grad_(False)
         vae.load_state_dict(self._saved("vae")["average"]["average"])
         chance = random.Random(self._seed)

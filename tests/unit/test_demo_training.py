@@ -18,6 +18,7 @@ from demo_models.publishing import publish
 from demo_models.reading import Reader, labels, reading_loss, share_right
 from demo_models.scenes import ATTRIBUTES, Description, Thing
 from demo_models.training import Average, learning_rate, run_stage
+from worker.config import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,23 @@ def test_going_on_from_published_weights_trains_the_denoiser_alone(tmp_path: Pat
     job.train_text()
 
     assert not (tmp_path / "work").exists()
+
+
+def test_going_on_draws_new_pictures_every_second_one_of_two_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder for them was missed: only stages that do not run here had made it."""
+    monkeypatch.setattr(image_training, "SCENES", {(128, 128): 8})
+    published = REPOSITORY / "models" / "demo-image"
+
+    image_training.Job(tmp_path / "work", published, seed=3, go_on=True).make_latents()
+
+    [(latents, wanted, scenes)] = torch.load(
+        tmp_path / "work" / "latents.pt", weights_only=False
+    ).values()
+    assert latents.shape == (8, 4, 16, 16)
+    assert len(scenes) == 8
+    assert all(len(one.things) == 2 for one in wanted[1::2])
 
 
 def test_whitened_latents_are_uncorrelated_and_decode_to_the_same_picture() -> None:
