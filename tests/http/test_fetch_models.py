@@ -447,6 +447,19 @@ def test_a_model_without_a_source_is_skipped_in_a_line(
     assert not fake.seen
 
 
+def test_a_demo_model_is_skipped_because_it_is_there(
+    script: Script, fake: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--profile", "demo"]
+
+    assert fetch_models.main(arguments, {"HF_ENDPOINT": fake.hub}, script.slept.append) == 0
+
+    out = capsys.readouterr().out
+    for name in ("demo-chat", "demo-image", "demo-video"):
+        assert f"{name}: skipped, it comes with this program" in out
+    assert not fake.seen
+
+
 def test_verify_accepts_what_was_fetched_without_any_request(
     script: Script, fake: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
