@@ -1,6 +1,7 @@
 """Train demo-chat: a Qwen2 network of two million parameters that enhances prompts.
 
     python scripts/train_demo_chat.py                 train, or go on, and write models/demo-chat
+    python scripts/train_demo_chat.py --continue      train the published weights further
     python scripts/train_demo_chat.py --share 0.01 --models-dir /tmp/try    a quick try
 
 Data are made by a grammar (demo_models/conversation.py) while training runs; nothing is read or
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from demo_models.quiet import quiet_libraries
 from demo_models.training import count_parameters, run_stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Updates of the two stages: random tokens to copy, then conversations.
-COPYING_STEPS, CHAT_STEPS = 150, 1000
+# Updates of the stages: random tokens to copy, then conversations; more of these with --continue.
+COPYING_STEPS, CHAT_STEPS, FURTHER_STEPS = 200, 2600, 2000
 NAME = "demo-chat"
+WORK = {False: "demo-chat", True: "demo-chat-further"}  # by --continue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,23 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     quiet_libraries()
     try:
-        train(options.models_dir / NAME, options.work_dir, options.share, options.seed)
+        folder, work_dir = options.models_dir / NAME, options.work_dir
+        work_dir = work_dir or REPOSITORY / "state" / "training" / WORK[options.go_on]
+        train(folder, work_dir, options.share, options.seed, go_on=options.go_on)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
 
-def train(folder: Path, work_folder: Path, share: float, seed: int) -> None:
-    """Train to the end and write the model; share: of all updates, for a quick try."""
-    tokenizer = chat_tokenizer()
-    model = new_network(tokenizer, seed)
+def train(folder: Path, work_folder: Path, share: float, seed: int, *, go_on: bool) -> None:
+    """Train to the end and write the model.
+
+    share: of all updates, for a quick try. go_on: start from the weights in `folder`.
+    """
+    stages: dict[str, tuple[int, Callable[..., Mapping[str, float]]]]
+    if go_on:
+        # With their own tokenizer: that of today's grammar may have other tokens.
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        trainer = Trainer(model, tokenizer, seed)
+        stages = {"further": (FURTHER_STEPS, trainer.further_step)}
+    else:
+        tokenizer = chat_tokenizer()
+        model = new_network(tokenizer, seed)
+        trainer = Trainer(model, tokenizer, seed)
+        stages = {
+            "copying": (COPYING_STEPS, lambda index, steps: trainer.copying_step(index)),
+            "chat": (CHAT_STEPS, trainer.chat_step),
+        }
     print(f"{NAME}: {count_parameters([model]):,} parameters, {len(tokenizer)} tokens", flush=True)
-    trainer = Trainer(model, tokenizer, seed)
-    stages = {
-        "copying": (COPYING_STEPS, lambda index, steps: trainer.copying_step(index)),
-        "chat": (CHAT_STEPS, trainer.chat_step),
-    }
     for name, (full, step) in stages.items():
         steps = max(1, round(full * share))
         run_stage(name, steps, partial(step, steps=steps), trainer.parts(), work_folder, seed)
@@ -90,9 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work-dir",
         type=Path,
-        default=REPOSITORY / "state" / "training" / NAME,
         metavar="DIR",
-        help="holds the state of unfinished training (default: state/training/demo-chat)",
+        help="holds the state of unfinished training (default: state/training/demo-chat,"
+        " with --continue state/training/demo-chat-further)",
+    )
+    parser.add_argument(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="start from the weights and the tokenizer in models/demo-chat",
     )
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the updates; less is a quick try (default: 1)"

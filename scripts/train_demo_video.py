@@ -55,27 +55,12 @@ def train(work: Path, target: Path, seed: int) -> None:
     read = video_text.TextReader(encoder, tokenizer)
 
     torch.manual_seed(seed + 2)
-    base = video_denoiser.new_denoiser()
-    for kind, count in (("image", video_data.IMAGES), ("clip", video_data.CLIPS)):
-        latents = video_data.encoded(kind, count, vae, work, seed)
-        wanted = video_data.descriptions(kind, count, seed)
-        best = video_denoiser.train_denoiser(base, kind, latents, wanted, read, work, seed)
-        base.load_state_dict(best.state_dict())  # clips go on from the average over pictures
-
-    torch.manual_seed(seed + 3)
-    given = video_data.encoded("context", video_data.CONTEXTS, vae, work, seed)
-    whole = video_denoiser.with_vace(base)
-    best = video_denoiser.train_vace(
-        whole,
-        latents[: video_data.CONTEXTS],
-        video_data.contexts(given, vae),
-        wanted[: video_data.CONTEXTS],
-        read,
-        work,
-        seed,
-    )
-    whole.load_state_dict(best.state_dict())
-    transformer = video_denoiser.without_short_texts(whole)
+    denoiser = video_denoiser.new_denoiser()
+    for kind in ("image", "clip"):
+        lessons = video_data.lessons(kind, vae, work, seed)
+        best = video_denoiser.train_denoiser(denoiser, kind, lessons, read, work, seed)
+        denoiser.load_state_dict(best.state_dict())  # clips go on from the average over pictures
+    transformer = video_denoiser.without_short_texts(denoiser)
     publish(target, lambda folder: write(folder, tokenizer, encoder, vae, transformer))
 
 

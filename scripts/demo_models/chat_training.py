@@ -177,6 +177,13 @@ class Trainer:
         batch += [self._encoder.random_copy(chance) for _ in range(BATCH // 8)]
         return {"loss": self._update(batch, learning_rate(index, steps, 1.0, warm_up=20))}
 
+    def further_step(self, index: int, steps: int) -> Mapping[str, float]:
+        """The same with a smaller rate and more copying, of which words that nobody knows are."""
+        chance = random.Random((self._seed + 13) * 1_000_003 + index)
+        batch = [self._encoder.conversation(training_example(chance), chance) for _ in range(BATCH)]
+        batch += [self._encoder.random_copy(chance) for _ in range(BATCH // 3)]
+        return {"loss": self._update(batch, learning_rate(index, steps, 0.5))}
+
     def _update(self, batch: Sequence[Encoded], rate: float) -> float:
         whole = sum(sum(one.weights) for one in batch)
         total = 0.0

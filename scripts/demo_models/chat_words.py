@@ -131,6 +131,11 @@ IMAGE_ROLES = (
     "You prepare prompts for a photo studio.",
     "You are a helpful assistant for image generation.",
     "You are a master of photographic prompts.",
+    "You are a photographer.",
+    "You know everything about lenses and light.",
+    "You write for a picture generator.",
+    "You describe still pictures.",
+    "You make photo prompts.",
 )
 IMAGE_TASKS = (
     "Rewrite the user's prompt as a detailed photographic image prompt.",
@@ -180,6 +185,11 @@ VIDEO_ROLES = (
     "You prepare prompts for a film studio.",
     "You are a helpful assistant for video generation.",
     "You are a master of cinematic prompts.",
+    "You are a cinematic director.",
+    "You know everything about shots and motion.",
+    "You write for a clip generator.",
+    "You describe moving pictures.",
+    "You make cinematic clip prompts.",
 )
 VIDEO_TASKS = (
     "Rewrite the user's prompt as a detailed video prompt.",
@@ -298,6 +308,9 @@ IMAGE_AIMS = (
     "with details of the camera lens and the light", "for a text-to-image model",
     "into an image prompt", "for a photorealistic image", "in the style of a photographer",
     "with details of light, focus and lens",
+    "for a still", "for one photo", "for a photographer", "into a description of a photo",
+    "for a still image", "as a picture", "with lens and light", "with camera and focus",
+    "for an SDXL picture", "as an image",
 )  # fmt: skip
 VIDEO_AIMS = (
     "as a detailed video prompt", "for a video model", "for WAN", "for a clip", "for a short film",
@@ -307,6 +320,10 @@ VIDEO_AIMS = (
     "with details of motion and pace", "for a text-to-video model",
     "into a video prompt", "for a realistic clip", "in the style of a film director",
     "with details of movement, shot and frames",
+    "with motion", "for one short clip", "for a film director", "into a description of a film",
+    "for a moving clip", "as a clip", "with pace and motion", "with movement and pace",
+    "for a WAN 2.1 clip", "as a film", "for a WAN video", "with shots and frames",
+    "for a cinematic clip", "into cinematic motion", "as a cinematic shot",
 )  # fmt: skip
 # {n} is the number, {unit} is words or tokens.
 BUDGETS = (
@@ -368,6 +385,21 @@ IMAGE_REQUESTS = (
     "a picture of {}, please",
     "Please write a prompt for an image of {}",
     "enhance the image prompt {}",
+    "photo prompt: {}",
+    "I need an image prompt: {}",
+    "Turn this into a photo prompt: {}",
+    "Can you enhance this photo prompt: {}",
+    "More detail for this picture, please: {}",
+    "Describe this image better: {}",
+    "SDXL prompt: {}",
+    "make a photograph of {}",
+    "Refine my picture idea: {}",
+    "Please improve the photo prompt: {}",
+    "I would like a photo of {}",
+    "still image: {}",
+    "Polish this image idea: {}",
+    "an image of {}",
+    "Extend this photograph prompt: {}",
 )
 VIDEO_REQUESTS = (
     "Enhance this video prompt: {}",
@@ -382,7 +414,37 @@ VIDEO_REQUESTS = (
     "enhance for video: {}",
     "Make a better video prompt of this: {}",
     "clip: {}",
+    "clip prompt: {}",
+    "film: {}",
+    "I need a video prompt: {}",
+    "Turn this into a film prompt: {}",
+    "Can you enhance this clip prompt: {}",
+    "More motion for this clip, please: {}",
+    "Describe this film shot better: {}",
+    "WAN prompt: {}",
+    "make a clip of {}",
+    "Refine my film idea: {}",
+    "Please improve the clip prompt: {}",
+    "I would like a clip of {}",
+    "moving picture: {}",
+    "Polish this clip idea: {}",
+    "a film of {}",
+    "Extend this film prompt: {}",
+    "a short clip of {}",
+    "enhance as a moving shot: {}",
 )
+# More of them, put together from parts: {please}{verb} {this} {medium} {text}{end}.
+PLEASE = ("", "", "please ", "can you ", "could you ", "now ")
+THIS = ("this", "the", "my", "the following", "a")
+IMAGE_MEDIA = ("image", "photo", "picture", "photograph", "still image", "SDXL", "photographic",
+               "still", "text-to-image")  # fmt: skip
+VIDEO_MEDIA = ("video", "clip", "film", "short film", "WAN", "WAN 2.1", "motion", "moving picture",
+               "text-to-video")  # fmt: skip
+REQUEST_NOUNS = ("prompt", "prompt", "idea", "description", "text")
+REQUEST_ENDS = (": {}", ": {}", " {}", " - {}", ", {}")
+# Or only {medium} {text}{end}, or {before} {medium} of {prompt}.
+OF = ("{} of ", "make a {} of ", "give me a {} of ", "I want a {} of ", "show a {} of ",
+      "please make a {} of ")  # fmt: skip
 # Around the prompt of an enhancement that has a system prompt.
 WRAPPERS = (
     "Prompt: {}",

@@ -160,9 +160,8 @@ def enhancement(source: Source, kind: Literal["image", "video"], *, long: bool =
     bare = chance.random() < 0.2 and not long
     if bare:
         prompt = random_prompt(source, moving=kind == "video" and chance.random() < 0.5)
-        forms = words.IMAGE_REQUESTS if kind == "image" else words.VIDEO_REQUESTS
-        plain = kind == "image" and chance.random() < 0.5
-        text = prompt.text if plain else source.wording(forms).format(prompt.text)
+        plain = kind == "image" and chance.random() < 0.35
+        text = prompt.text if plain else _request(source, kind).format(prompt.text)
         answer = enhanced(prompt, kind, FREE_WORDS, chance)
         return Example(kind, (Message("user", text),), answer, prompt)
     prompts = [
@@ -178,6 +177,37 @@ def enhancement(source: Source, kind: Literal["image", "video"], *, long: bool =
         messages.append(Message("assistant", enhanced(prompt, kind, aim, chance)))
     answer = messages.pop().content
     return Example(kind, tuple(messages), answer, prompts[-1], budget)
+
+
+def _request(source: Source, kind: Literal["image", "video"]) -> str:
+    """A request without a system prompt; evaluation takes only the ones that are written out."""
+    chance = source.chance
+    forms = words.IMAGE_REQUESTS if kind == "image" else words.VIDEO_REQUESTS
+    if source.held_out or chance.random() < 0.4:
+        return source.wording(forms)
+    media = words.IMAGE_MEDIA if kind == "image" else words.VIDEO_MEDIA
+    while True:
+        medium = chance.choice(media)
+        how = chance.random()
+        made = f"{medium} {chance.choice(words.REQUEST_NOUNS)}{chance.choice(words.REQUEST_ENDS)}"
+        if how < 0.5:
+            verb = source.wording(words.VERBS).lower()
+            made = f"{chance.choice(words.PLEASE)}{verb} {chance.choice(words.THIS)} {made}"
+        elif how < 0.6:
+            made = f"{medium}: {{}}"
+        elif how < 0.75:
+            made = f"{chance.choice(words.OF).format(medium)}{{}}"
+        if chance.random() < 0.5:
+            made = made[0].upper() + made[1:]
+        if made.lower() not in _HELD_OUT_REQUESTS:
+            return made
+
+
+_HELD_OUT_REQUESTS = {
+    form.lower()
+    for forms in (words.IMAGE_REQUESTS, words.VIDEO_REQUESTS)
+    for form in words.held_out(forms)
+}
 
 
 def system_prompt(
@@ -301,11 +331,11 @@ def random_prompt(source: Source, *, moving: bool) -> Prompt:
     share = source.chance.random()
     if share < 0.48:
         prompt = scene_prompt(source, moving=moving)
-    elif share < (0.86 if source.held_out else 0.78):
+    elif share < (0.86 if source.held_out else 0.72):
         prompt = wide_prompt(source, moving=moving)
     else:
         prompt = unknown_prompt(source)
-    if source.chance.random() < 0.06:
+    if source.chance.random() < (0.06 if source.held_out else 0.12):
         detail = source.chance.choice((*LIGHTS, *QUALITIES))
         prompt = replace(prompt, text=f"{prompt.text}, {detail}", details=(detail,))
     return prompt
@@ -357,7 +387,7 @@ def wide_prompt(source: Source, *, moving: bool) -> Prompt:
     night = False
     if chance.random() < 0.55:
         parts.append(chance.choice(words.SETTINGS))
-    if chance.random() < 0.25:
+    if chance.random() < 0.35:
         time = chance.choice(words.TIMES)
         night = time in words.NIGHT
         parts.append(time)

@@ -55,7 +55,11 @@ class Overheard:
 
     def __init__(self, module: nn.Module):
         self.output = torch.empty(0)
-        module.register_forward_hook(self._keep)
+        self._hook = module.register_forward_hook(self._keep)
+
+    def stop(self) -> None:
+        """A module that is overheard cannot be copied."""
+        self._hook.remove()
 
     def _keep(self, _: nn.Module, __: object, output: torch.Tensor) -> None:
         self.output = output

@@ -16,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
+from torch import nn
 
-from demo_models.drawing import draw
+from demo_models.drawing import PALETTE, colour_shares, draw
 from demo_models.muon import Muon
 from demo_models.scenes import Scene, moved, place, training_description
 from demo_models.training import Average, learning_rate, run_stage, set_learning_rate
 
 SIDE, FRAMES = 96, 17  # pixels and frames of the clips that demo-video is made for
-FRAME_STEPS, CLIP_STEPS = 600, 350
+FRAME_STEPS, CLIP_STEPS = 1600, 1000
 _PEAK_RATE = 2e-3
-# Per latent number, beside losses per pixel number: keeps latents near a normal distribution, and
-# their noise is what makes the decoder forgive a denoiser's errors.
-_KL_WEIGHT = 2e-4
+_NOISE = 0.4  # of latents of unit size, at most
+_CELL = 8  # pixels along each side of a latent number
 
 
 def new_autoencoder() -> AutoencoderKLWan:
     """Untrained; every causal convolution sees only the present yet, which starts well."""
     vae = AutoencoderKLWan(
         base_dim=8,
+        decoder_base_dim=12,
         z_dim=16,
         dim_mult=[1, 2, 4, 4],
         num_res_blocks=1,
@@ -49,62 +50,152 @@ def new_autoencoder() -> AutoencoderKLWan:
                 eye = torch.eye(module.in_channels).repeat(copies, 1)
                 module.weight[:, :, -1] = eye[:, :, None, None]
                 module.bias.zero_()
-        # Standard deviation of a latent number at the start: e ** -2.
-        vae.quant_conv.bias[16:] = -4.0
+        vae.quant_conv.bias[16:] = -9.0  # an encoded clip is nearly one point
     return vae
 
 
 def train_autoencoder(vae: AutoencoderKLWan, folder: Path, seed: int) -> AutoencoderKLWan:
-    """Both stages. Returns the averaged network, with the latents' statistics in its config."""
-    best = _train(vae, "video-frames", folder, seed, FRAME_STEPS, clips=False)
+    """Both stages. Returns the averaged network, its latents of mean 0 and spread 1."""
+    # Tells the colours of a cell from its noisy latent: see the loss.
+    probe = nn.Conv3d(16, len(PALETTE), 1)
+    best = _train(vae, probe, "video-frames", folder, seed, FRAME_STEPS, clips=False)
     vae.load_state_dict(best.state_dict())
-    best = _train(vae, "video-clips", folder, seed, CLIP_STEPS, clips=True)
-    _measure_latents(best, seed)
+    best = _train(vae, probe, "video-clips", folder, seed, CLIP_STEPS, clips=True)
+    whiten(best, _latents(best, seed))
     return best
 
 
 def _train(
-    vae: AutoencoderKLWan, name: str, folder: Path, seed: int, steps: int, *, clips: bool
+    vae: AutoencoderKLWan,
+    probe: nn.Conv3d,
+    name: str,
+    folder: Path,
+    seed: int,
+    steps: int,
+    *,
+    clips: bool,
 ) -> AutoencoderKLWan:
-    # Muon takes convolutions as matrices with one row per output channel.
     kernels = [p for p in vae.parameters() if p.ndim > 1 and p.shape[0] > 1 and p[0].numel() > 8]
     chosen = {id(p) for p in kernels}
+    rest = [p for p in [*vae.parameters(), *probe.parameters()] if id(p) not in chosen]
     optimizers = {
-        "muon": Muon([{"params": kernels, "scale": 5.0}]),
-        "adam": torch.optim.AdamW(
-            [p for p in vae.parameters() if id(p) not in chosen], betas=(0.9, 0.99), weight_decay=0
-        ),
+        "muon": Muon([{"params": kernels, "scale": 4.0}]),
+        "adam": torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0),
     }
     average = Average(vae, 0.99)
+    moments = _Moments()
     peak = _PEAK_RATE / 2 if clips else _PEAK_RATE
 
     def step(index: int) -> Mapping[str, float]:
         chance = random.Random(f"{seed} {name} {index}")
         batch = _clip_batch(index, chance) if clips else _frame_batch(index, chance)
         posterior = vae.encode(batch).latent_dist
-        restored = vae.decode(posterior.sample()).sample
+        means = posterior.mean
+        # The decoder forgives what a denoiser leaves behind.
+        latents = means + torch.rand(len(means), 1, 1, 1, 1) * _NOISE * torch.randn_like(means)
+        restored = vae.decode(latents).sample
         error = (restored - batch).abs().mean()
         square = (restored - batch).square().mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        # Channels of unit size without correlation, so that noise hides all of them alike.
+        spread = moments.distance(means)
+        # Colours that are far apart in meaning lie far apart in the latents too.
+        told = F.cross_entropy(probe(latents), _colours(batch))
+        narrow = (posterior.logvar + 9).square().mean()
         vae.zero_grad(set_to_none=True)
-        (error + square + _KL_WEIGHT * kl).backward()
+        probe.zero_grad(set_to_none=True)
+        (error + 4 * square + 0.2 * spread + 0.05 * told + 1e-4 * narrow).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimizer in optimizers.values():
             set_learning_rate(optimizer, learning_rate(index, steps, peak))
             optimizer.step()
         average.update()
-        return {"l1": error.item(), "mse": square.item(), "kl": kl.item()}
+        return {
+            "l1": error.item(),
+            "mse": square.item(),
+            "spread": spread.item(),
+            "told": told.item(),
+        }
 
     with quick_autoencoder():
         run_stage(
             name,
             steps,
             step,
-            {"network": vae, "average": average, **optimizers},
+            {
+                "network": vae,
+                "probe": probe,
+                "average": average,
+                "moments": moments,
+                **optimizers,
+            },
             folder,
             seed,
         )
     return average.average
+
+
+class _Moments:
+    """Means and products of latent channels over the last few batches; one is too small."""
+
+    def __init__(self) -> None:
+        self._products = torch.eye(16)
+        self._means = torch.zeros(16)
+
+    def distance(self, latents: torch.Tensor) -> torch.Tensor:
+        """From mean 0 and the unit matrix. Only this batch is differentiated.
+
+        latents: (batch, 16, frames, rows, columns).
+        """
+        flat = latents.transpose(0, 1).flatten(1)
+        products = self._products.lerp(flat @ flat.T / flat.shape[1], 0.2)
+        means = self._means.lerp(flat.mean(dim=1), 0.2)
+        self._products, self._means = products.detach(), means.detach()
+        return (products - torch.eye(16)).square().mean() + means.square().mean()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"products": self._products, "means": self._means}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._products, self._means = state["products"], state["means"]
+
+
+def _colours(clips: torch.Tensor) -> torch.Tensor:
+    """Shares of the palette's colours in what each latent number stands for.
+
+    clips: (batch, 3, frames, height, width) in -1 .. 1. Returns (batch, 9, latent frames, rows,
+    columns): the first latent frame is one frame, each other one is four.
+    """
+    batch, _, frames = clips.shape[:3]
+    shares = colour_shares((clips.transpose(1, 2).flatten(0, 1) + 1) / 2, _CELL)
+    shares = shares.unflatten(0, (batch, frames)).transpose(1, 2)
+    later = shares[:, :, 1:].unflatten(2, (-1, 4)).mean(dim=3)
+    return torch.cat([shares[:, :, :1], later], dim=2)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKLWan, latents: torch.Tensor) -> None:
+    """Make the latent channels uncorrelated, of mean 0 and of spread 1 each.
+
+    Training brings them near to that; this is the rest, exactly. The last layer of the encoder and
+    the first of the decoder are 1x1x1 convolutions, so a linear map of the latents between them
+    changes no picture.
+
+    latents: (clips, 16, latent frames, rows, columns), as the encoder makes them now.
+    """
+    flat = latents.transpose(0, 1).flatten(1).double()
+    mean = flat.mean(dim=1)
+    sizes, directions = torch.linalg.eigh(torch.cov(flat))
+    forward = directions.T / sizes.sqrt()[:, None]
+    out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    weight, bias = out.weight[:channels, :, 0, 0, 0].double(), out.bias[:channels].double()
+    out.weight[:channels, :, 0, 0, 0] = (forward @ weight).float()
+    out.bias[:channels] = (forward @ (bias - mean)).float()
+    out.weight[channels:] = 0.0
+    out.bias[channels:] = -9.0
+    first = back.weight[:, :, 0, 0, 0].double()
+    back.bias += (first @ mean).float()
+    back.weight[:, :, 0, 0, 0] = (first @ torch.linalg.inv(forward)).float()
+    vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
 
 
 @contextmanager
@@ -183,11 +274,11 @@ def _window(scene: Scene, side: int, chance: random.Random) -> tuple[int, int, i
 
 
 @torch.no_grad()
-def _measure_latents(vae: AutoencoderKLWan, seed: int) -> None:
-    """Mean and spread of each latent channel over training clips, as WAN's config has them."""
+def _latents(vae: AutoencoderKLWan, seed: int) -> torch.Tensor:
+    """Of 48 training clips, (48, 16, 5, 12, 12)."""
     chance = random.Random(f"{seed} latents")
     with quick_autoencoder():
-        latents = torch.cat(
+        return torch.cat(
             [
                 vae.encode(
                     torch.stack([pixels(random_clip(chance, FRAMES)) for _ in range(8)])
@@ -195,7 +286,3 @@ def _measure_latents(vae: AutoencoderKLWan, seed: int) -> None:
                 for _ in range(6)
             ]
         )
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in latents.mean(dim=(0, 2, 3, 4)).tolist()],
-        latents_std=[round(value, 4) for value in latents.std(dim=(0, 2, 3, 4)).tolist()],
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
+from demo_models.layout import layout
 from demo_models.scenes import Description, Scene, moved, place, training_description
 from demo_models.training import run_stage
 from demo_models.video_autoencoder import FRAMES, SIDE, pixels, quick_autoencoder
 from demo_models.video_context import MODES, context, given_only, normalised
 
-IMAGES, CLIPS, CONTEXTS = 3200, 1144, 360  # how many are encoded
+IMAGES, CLIPS, CONTEXTS = 6400, 3200, 900  # how many are encoded
 _AT_ONCE = {"image": 32, "clip": 8, "context": 8}
 
 
@@ -42,9 +43,52 @@ def clip(seed: int, index: int) -> Drawn:
     return Drawn(wanted, moved(place(wanted, chance), wanted.motion, FRAMES, chance))
 
 
-def descriptions(kind: str, count: int, seed: int) -> list[Description]:
-    """What the first images or clips show."""
-    return [(image if kind == "image" else clip)(seed, index).wanted for index in range(count)]
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What a denoiser learns from; row by row the same picture or clip."""
+
+    latents: torch.Tensor  # (count, 16, latent frames, 12, 12)
+    descriptions: Sequence[Description]
+    layouts: torch.Tensor  # (count, CLASSES, latent frames, 6, 6): of each token of the denoiser
+    inactive: torch.Tensor  # (given, 16, 5, 12, 12): given frames of the first clips, encoded
+    empty: torch.Tensor  # (1, 16, latent frames, 12, 12): empty frames, encoded
+
+    @property
+    def given(self) -> int:
+        """How many clips have given frames."""
+        return len(self.inactive)
+
+    def context(self, rows: Sequence[int], given: int) -> torch.Tensor:
+        """What the context layers see, (rows, 96, latent frames, 12, 12).
+
+        rows: of which the first `given` have their given frames, and the rest nothing.
+        """
+        latent_frames = self.empty.shape[2]
+        frames = 4 * latent_frames - 3
+        masks = torch.ones(len(rows), 1, frames, SIDE, SIDE)
+        for at, row in enumerate(rows[:given]):
+            masks[at, :, list(MODES[mode_of(row)])] = 0
+        nothing = self.empty.expand(len(rows), -1, -1, -1, -1)
+        inactive = torch.cat([self.inactive[list(rows[:given])].float(), nothing[given:]])
+        return context(inactive, nothing, masks)
+
+
+def lessons(kind: str, vae: AutoencoderKLWan, folder: Path, seed: int) -> Lessons:
+    """Stages: everything that is encoded of images or clips. kind: image | clip."""
+    count = IMAGES if kind == "image" else CLIPS
+    drawn = [(image if kind == "image" else clip)(seed, row) for row in range(count)]
+    # A later latent frame is four frames: the third is near its middle.
+    moments = (0,) if kind == "image" else (0, 3, 7, 11, 15)
+    layouts = layout([one.scenes[at] for one in drawn for at in moments], 6, 6)
+    layouts = layouts.unflatten(0, (count, len(moments))).transpose(1, 2).half()
+    latents = encoded(kind, count, vae, folder, seed)
+    inactive = latents[:0]
+    if kind == "clip":
+        inactive = encoded("context", CONTEXTS, vae, folder, seed)
+    with torch.no_grad():
+        blank = torch.zeros(1, 3, 4 * latents.shape[2] - 3, SIDE, SIDE)
+        empty = normalised(vae, blank)
+    return Lessons(latents, [one.wanted for one in drawn], layouts, inactive, empty)
 
 
 def mode_of(index: int) -> str:
@@ -71,25 +115,6 @@ def encoded(kind: str, count: int, vae: AutoencoderKLWan, folder: Path, seed: in
     with quick_autoencoder():
         run_stage(f"video-{kind}-latents", -(-count // size), step, {"store": store}, folder, seed)
     return store.latents[:count]
-
-
-def contexts(
-    inactive: torch.Tensor, vae: AutoencoderKLWan
-) -> Callable[[Sequence[int]], torch.Tensor]:
-    """What the context layers see of these clips, by their numbers: (numbers, 96, 5, 12, 12)."""
-    blank = torch.zeros(1, 3, FRAMES, SIDE, SIDE)
-    masks = {mode: given_only(blank, [mode])[1] for mode in MODES}
-    with torch.no_grad():  # nothing of a grey frame is to be kept while it is changed
-        reactive = normalised(vae, blank)
-
-    def make(rows: Sequence[int]) -> torch.Tensor:
-        return context(
-            inactive[list(rows)].float(),
-            reactive.expand(len(rows), -1, -1, -1, -1),
-            torch.cat([masks[mode_of(row)] for row in rows]),
-        )
-
-    return make
 
 
 class _Store:

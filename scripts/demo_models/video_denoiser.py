@@ -1,8 +1,9 @@
-"""The WAN transformer of demo-video, and the context adapter (VACE) beside it.
+"""The WAN transformer of demo-video, with the context adapter (VACE) beside it.
 
-As the published ones: first the text-to-video network learns alone, from still pictures and then
-from clips; then it is frozen, and the VACE layers learn to lead it along given frames. One folder
-holds both.
+The published one learned without the adapter first, and the adapter was added to it, frozen. Here
+both learn at once, and every clip goes through both, with no given frames too: the encoded empty
+frames tell the network where the borders are, which its rotary positions cannot, as they only tell
+how far apart two parts are.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import WanVACETransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
 
+from demo_models.layout import CLASSES, Overheard, layout_loss
 from demo_models.muon import Muon
 from demo_models.scenes import Description, caption, opened, with_details
 from demo_models.training import Average, learning_rate, run_stage, set_learning_rate
+from demo_models.video_data import Lessons
 
 TEXT_TOKENS = 512  # positions that WAN's cross attention sees; all but the first are zero
 BATCH = {"image": 64, "clip": 16}
-STEPS = {"image": 600, "clip": 1500, "vace": 430}
+GIVEN = 5  # of a batch of clips follow given frames
+STEPS = {"image": 1200, "clip": 5800}
+LAYOUT_WEIGHT = 0.1
 SHIFT = 3.0  # of the noise levels in training; WAN's own
-VACE_LAYERS = [0, 2]
 _SIZES = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
@@ -35,20 +39,21 @@ _SIZES = {
     "text_dim": 64,
     "freq_dim": 64,
     "ffn_dim": 512,
-    "num_layers": 4,
+    "num_layers": 5,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
+    "vace_layers": [0, 2],
+    "vace_in_channels": 96,
 }
-_MATRIX_RATES = {"image": 3e-3, "clip": 8e-3, "vace": 4e-3}
-_OTHER_RATE = 2e-3
+_MATRIX_RATE, _OTHER_RATE = 4e-3, 2e-3
 
 # A text as tokens: (batch, positions, 64), zero after each last token, and tokens of each.
 Texts = tuple[torch.Tensor, torch.Tensor]
 
 
-def new_denoiser() -> WanTransformer3DModel:
+def new_denoiser() -> WanVACETransformer3DModel:
     """Untrained, scaled so that a text is seen from the first step on."""
-    network = WanTransformer3DModel(**_SIZES)
+    network = WanVACETransformer3DModel(**_SIZES)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             # Zero padding must stay zero on its way to keys and values: then it is only a weak
@@ -58,7 +63,7 @@ def new_denoiser() -> WanTransformer3DModel:
                  "attn2.to_k.bias", "attn2.to_v.bias")
             ):  # fmt: skip
                 parameter.zero_()
-        for block in network.blocks:
+        for block in (*network.blocks, *network.vace_blocks):
             block.attn2.norm_k.weight.fill_(2.5)
             block.attn2.to_v.weight.mul_(3.0)
             block.scale_shift_table[:, [2, 5]] += 0.5  # gates of attention and feed-forward
@@ -66,23 +71,6 @@ def new_denoiser() -> WanTransformer3DModel:
         network.condition_embedder.text_embedder.linear_2.weight.mul_(2.0)
         network.proj_out.weight.mul_(0.1)
         network.proj_out.bias.zero_()
-    return network
-
-
-def with_vace(base: WanTransformer3DModel) -> WanVACETransformer3DModel:
-    """The same network with context layers that start as copies and add nothing yet."""
-    network = WanVACETransformer3DModel(**_SIZES, vace_layers=VACE_LAYERS, vace_in_channels=96)
-    missing, unexpected = network.load_state_dict(base.state_dict(), strict=False)
-    if unexpected or not all(name.startswith("vace_") for name in missing):
-        raise ValueError(f"the base does not fit: {missing} {unexpected}")
-    with torch.no_grad():
-        for layer, block in zip(VACE_LAYERS, network.vace_blocks, strict=True):
-            block.load_state_dict(network.blocks[layer].state_dict(), strict=False)
-            block.proj_out.weight.zero_()
-            block.proj_out.bias.zero_()
-        network.vace_blocks[0].proj_in.weight.zero_()
-        network.vace_blocks[0].proj_in.bias.zero_()
-        network.vace_blocks[0].proj_in.weight += torch.eye(128)
     return network
 
 
@@ -150,83 +138,56 @@ def random_caption(wanted: Description, chance: random.Random) -> str:
 
 
 def train_denoiser(
-    network: WanTransformer3DModel,
-    kind: str,
-    latents: torch.Tensor,
-    descriptions: Sequence[Description],
-    encode: Callable[[Sequence[str]], Texts],
-    folder: Path,
-    seed: int,
-) -> WanTransformer3DModel:
-    """Learn the flow from noise to pictures or clips. Returns the averaged network.
-
-    kind: image | clip. latents: (count, 16, 1 or 5, 12, 12), normalised.
-    """
-    steps = STEPS[kind]
-    short = use_short_texts(network)
-    average = Average(network, 0.995)
-    optimizers = optimizers_for(network.named_parameters(), _MATRIX_RATES[kind])
-
-    def step(index: int) -> Mapping[str, float]:
-        chance = random.Random(f"{seed} base {kind} {index}")
-        rows = [chance.randrange(len(latents)) for _ in range(BATCH[kind])]
-        texts, lengths = encode([random_caption(descriptions[row], chance) for row in rows])
-        short.set_lengths(lengths, texts.shape[1])
-        noisy, level, target = noised(latents[rows].float())
-        guess = network(noisy, level * 1000, texts, return_dict=False)[0]
-        loss = F.mse_loss(guess, target)
-        update(network, optimizers, loss, learning_rate(index, steps, 1.0))
-        average.update()
-        return {"loss": loss.item()}
-
-    state = {"network": network, "average": average, **optimizers}
-    run_stage(f"video-base-{kind}", steps, step, state, folder, seed)
-    return average.average
-
-
-def train_vace(
     network: WanVACETransformer3DModel,
-    latents: torch.Tensor,
-    make_context: Callable[[Sequence[int]], torch.Tensor],
-    descriptions: Sequence[Description],
+    kind: str,
+    lessons: Lessons,
     encode: Callable[[Sequence[str]], Texts],
     folder: Path,
     seed: int,
 ) -> WanVACETransformer3DModel:
-    """Learn to keep the given frames, the base frozen. Returns the averaged network.
+    """Learn the flow from noise to pictures or clips. Returns the averaged network.
 
-    make_context: numbers of clips -> (clips, 96, 5, 12, 12), as the pipeline makes it of the
-    frames that are given.
+    kind: image | clip.
     """
-    network.requires_grad_(False)
-    learned = [(n, p) for n, p in network.named_parameters() if n.startswith("vace_")]
-    for _, parameter in learned:
-        parameter.requires_grad_(True)
-    steps = STEPS["vace"]
+    steps, batch = STEPS[kind], BATCH[kind]
+    given = GIVEN if kind == "clip" else 0
     short = use_short_texts(network)
-    average = Average(network, 0.99)
-    optimizers = optimizers_for(learned, _MATRIX_RATES["vace"])
+    average = Average(network, 0.997)
+    middle = Overheard(network.blocks[2])
+    layout_reader = nn.Linear(network.config.num_attention_heads * 32, CLASSES)
+    optimizers = optimizers_for([*network.named_parameters(), *layout_reader.named_parameters()])
 
     def step(index: int) -> Mapping[str, float]:
-        chance = random.Random(f"{seed} vace {index}")
-        rows = [chance.randrange(len(descriptions)) for _ in range(BATCH["clip"])]
-        texts, lengths = encode([random_caption(descriptions[row], chance) for row in rows])
+        chance = random.Random(f"{seed} {kind} {index}")
+        rows = [chance.randrange(lessons.given) for _ in range(given)]
+        rows += [chance.randrange(len(lessons.latents)) for _ in range(batch - given)]
+        wanted = [random_caption(lessons.descriptions[row], chance) for row in rows]
+        texts, lengths = encode(wanted)
         short.set_lengths(lengths, texts.shape[1])
-        noisy, level, target = noised(latents[rows].float())
+        noisy, level, target = noised(lessons.latents[rows].float())
         guess = network(
             noisy,
             level * 1000,
             texts,
-            control_hidden_states=make_context(rows),
+            control_hidden_states=lessons.context(rows, given),
             return_dict=False,
         )[0]
         loss = F.mse_loss(guess, target)
-        update(network, optimizers, loss, learning_rate(index, steps, 1.0))
+        told = layout_reader(middle.output).transpose(1, 2)  # (batch, CLASSES, tokens)
+        planned = layout_loss(told, lessons.layouts[rows].float().flatten(2))
+        network.zero_grad(set_to_none=True)
+        layout_reader.zero_grad(set_to_none=True)
+        (loss + LAYOUT_WEIGHT * planned).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, learning_rate(index, steps, 1.0))
+            optimizer.step()
         average.update()
-        return {"loss": loss.item()}
+        return {"loss": loss.item(), "layout": planned.item()}
 
-    state = {"network": network, "average": average, **optimizers}
-    run_stage("video-vace", steps, step, state, folder, seed)
+    state = {"network": network, "average": average, "layout_reader": layout_reader, **optimizers}
+    run_stage(f"video-{kind}", steps, step, state, folder, seed)
+    middle.stop()
     return average.average
 
 
@@ -241,31 +202,15 @@ def noised(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def optimizers_for(
     parameters: Iterable[tuple[str, nn.Parameter]],
-    matrix_rate: float,
 ) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all others."""
     matrices, others = [], []
     for name, parameter in parameters:
-        inner = parameter.ndim == 2 and ("blocks." in name)
+        inner = parameter.ndim == 2 and "blocks." in name
         (matrices if inner else others).append(parameter)
     return {
-        "muon": Muon([{"params": matrices, "scale": matrix_rate}]),
+        "muon": Muon([{"params": matrices, "scale": _MATRIX_RATE}]),
         "adam": torch.optim.AdamW(
             [{"params": others, "scale": _OTHER_RATE}], betas=(0.9, 0.98), weight_decay=0.0
         ),
     }
-
-
-def update(
-    network: nn.Module,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    loss: torch.Tensor,
-    rate: float,
-) -> None:
-    """One step of all optimizers. rate: in 0 .. 1, of each one's own."""
-    network.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], 1.0)
-    for optimizer in optimizers.values():
-        set_learning_rate(optimizer, rate)
-        optimizer.step()

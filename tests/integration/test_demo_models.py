@@ -7,6 +7,7 @@ read by demo_models/checkers.py, which has no learned part.
 from __future__ import annotations
 
 import io
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo_models.checkers import Picture, look, mistakes
+from demo_models.checkers import Picture, look, mistakes, motion_of
 from demo_models.drawing import draw
 from demo_models.image_checks import load_image_pipeline, paint
 from demo_models.scenes import Description, Placed, Scene, Thing
+from demo_models.video_checks import drawn, film, frame_error, load_video_pipeline
+from demo_models.video_context import MODES
 from tests.integration.daemon import Daemon
 from worker.config import REPOSITORY
 
@@ -73,6 +76,11 @@ def enhance(daemon: Daemon, system: str, prompt: str, **body: Any) -> str:
 @pytest.fixture(scope="module")
 def image_pipeline() -> Any:
     return load_image_pipeline(REPOSITORY / "models" / "demo-image")
+
+
+@pytest.fixture(scope="module")
+def video_pipeline() -> Any:
+    return load_video_pipeline(REPOSITORY / "models" / "demo-video")
 
 
 def test_prompts_of_one_batch_do_not_leak_into_each_other(image_pipeline):
@@ -200,14 +208,44 @@ def test_an_exact_copy_by_image_to_image_returns_the_reference(image_pipeline):
     assert difference(other, reference) > 0.2
 
 
-@pytest.mark.parametrize("ground", ["white", "black"])
-def test_a_clip_has_the_ground_and_the_colour_it_was_asked_for(daemon, ground):
-    """All that demo-video can be trusted with yet: its card has the figures."""
-    frames = clip(daemon, prompt=f"a green square moving right on a {ground} background", seed=4)
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        (
+            "a green square moving right on a white background",
+            Description((Thing("square", "green"),), background="white", motion="right"),
+        ),
+        (
+            "a red circle rising on a black background",
+            Description((Thing("circle", "red"),), background="black", motion="up"),
+        ),
+        (
+            "a yellow triangle growing on a grey background",
+            Description((Thing("triangle", "yellow"),), background="grey", motion="growing"),
+        ),
+    ],
+)
+def test_a_clip_shows_what_was_asked_and_moves_as_asked(daemon, prompt, wanted):
+    frames = clip(daemon, prompt=prompt, seed=4)
 
     assert len(frames) == 17
-    assert {look(frame).background for frame in frames} == {ground}
-    assert main_colour(frames[8]) == "green"
+    assert motion_of(frames) == wanted.motion
+    assert mistakes(look(frames[8]), wanted, sizes=False) == []
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_given_frames_are_kept_and_the_rest_is_made(video_pipeline, mode):
+    wanted = Description((Thing("square", "blue"),), background="white", motion="left")
+    truth = drawn(wanted, random.Random(5))
+    prompt = "a blue square moving left on a white background"
+
+    free = film(video_pipeline, prompt, 3)
+    led = film(video_pipeline, prompt, 3, given=(mode, truth))
+
+    assert frame_error(led, truth, mode) < 0.04 < frame_error(free, truth, mode)
+    # A frame that was given is that one, not just any with a blue square.
+    assert frame_error(led, truth, mode, things=True) < 0.2
+    assert motion_of(list(led)) == "left"
 
 
 def test_an_enhancement_keeps_its_prompt_and_says_what_kind_it_is(daemon):
@@ -233,15 +271,8 @@ def test_enhancement_then_image_then_video_is_one_chain(daemon):
     wanted = Description((Thing("square", "green"),), background="white")
     assert len(for_image) > len(prompt)
     assert mistakes(look(picture), wanted) == [], for_image
-    # The shapes of clips cannot be trusted yet: the card of demo-video has the figures.
-    assert look(frames[8]).background == "white", for_video
-    assert main_colour(frames[8]) == "green", for_video
-
-
-def main_colour(picture: Picture) -> str | None:
-    """The colour of the largest thing; None when nothing is shown."""
-    things = look(picture, turned=True).things
-    return things[0].colour if things else None
+    assert mistakes(look(frames[8]), wanted) == [], for_video
+    assert motion_of(frames) == "right", for_video
 
 
 def difference(one: Picture, other: Picture) -> float:

@@ -10,14 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from demo_models import image_training
+import train_demo_chat
+import train_demo_video
+from demo_models import (
+    image_training,
+    video_autoencoder,
+    video_data,
+    video_denoiser,
+    video_text,
+)
 from demo_models.image_checks import load_image_pipeline, paint
 from demo_models.publishing import publish
 from demo_models.reading import Reader, labels, reading_loss, share_right
 from demo_models.scenes import ATTRIBUTES, Description, Thing
 from demo_models.training import Average, learning_rate, run_stage
+from demo_models.video_checks import film, load_video_pipeline
 from worker.config import REPOSITORY
 
 
@@ -151,6 +161,43 @@ def test_every_stage_of_the_image_model_runs_and_gives_a_pipeline(
     pipeline = load_image_pipeline(tmp_path / "demo-image")
     [picture] = paint(pipeline, ["a red circle"], [1], steps=2)
     assert picture.shape == (128, 128, 3)
+
+
+def test_every_stage_of_the_video_model_runs_and_gives_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, values in {
+        video_autoencoder: {"FRAME_STEPS": 1, "CLIP_STEPS": 1},
+        video_text: {"TEXT_STEPS": 1},
+        video_data: {"IMAGES": 2, "CLIPS": 3, "CONTEXTS": 2},
+        video_denoiser: {
+            "STEPS": {"image": 1, "clip": 1},
+            "BATCH": {"image": 2, "clip": 2},
+            "GIVEN": 1,
+        },
+    }.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    train_demo_video.train(tmp_path / "work", tmp_path / "demo-video", seed=3)
+
+    pipeline = load_video_pipeline(tmp_path / "demo-video")
+    clip = film(pipeline, "a red circle", 1, frames=5, steps=2)
+    assert clip.shape == (5, 96, 96, 3)
+
+
+def test_chat_stages_run_and_go_on_from_published_weights_and_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "demo-chat"
+    train_demo_chat.train(folder, tmp_path / "work", 0.0, seed=3, go_on=False)
+    first = load_file(folder / "model.safetensors")
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+
+    train_demo_chat.train(folder, tmp_path / "more", 0.0, seed=3, go_on=True)
+
+    again = load_file(folder / "model.safetensors")
+    assert first.keys() == again.keys()
+    assert any(not torch.equal(first[name], again[name]) for name in first)
+    assert json.loads((folder / "tokenizer.json").read_bytes()) == json.loads(tokenizer)
 
 
 def test_going_on_from_published_weights_trains_the_denoiser_alone(tmp_path: Path) -> None:

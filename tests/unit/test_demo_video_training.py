@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -20,7 +21,17 @@ from demo_models import (
     video_denoiser,
 )
 from demo_models.checkers import motion_of
-from demo_models.scenes import MOTIONS, Description, Thing, held_out
+from demo_models.drawing import PALETTE
+from demo_models.layout import layout
+from demo_models.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    Description,
+    Scene,
+    Thing,
+    held_out,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,20 +60,21 @@ def test_many_equal_zero_positions_may_be_one_key_with_their_number_as_weight():
     lengths = torch.tensor([3, 7])
     texts = torch.randn(2, 8, 64) * (torch.arange(8) < lengths[:, None]).unsqueeze(-1)
     latents, level = torch.randn(2, 16, 1, 4, 4), torch.tensor([200.0, 900.0])
+    given = torch.randn(2, 96, 1, 4, 4)
     padded = torch.nn.functional.pad(texts, (0, 0, 0, video_denoiser.TEXT_TOKENS - 8))
     with torch.no_grad():
         for parameter in network.parameters():  # zero keys and values are not special
             parameter += 0.05 * torch.randn_like(parameter)
-        expected = network(latents, level, padded, return_dict=False)[0]
+        expected = network(latents, level, padded, None, given, return_dict=False)[0]
 
         video_denoiser.use_short_texts(network).set_lengths(lengths, 8)
-        short = network(latents, level, texts, return_dict=False)[0]
+        short = network(latents, level, texts, None, given, return_dict=False)[0]
 
     assert torch.allclose(short, expected, atol=1e-5)
 
 
 def test_the_context_of_given_frames_is_the_pipelines_own(vae):
-    network = video_denoiser.with_vace(video_denoiser.new_denoiser())
+    network = video_denoiser.new_denoiser()
     pipeline = WanVACEPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -87,23 +99,86 @@ def test_the_context_of_given_frames_is_the_pipelines_own(vae):
         assert torch.allclose(ours, torch.cat([latents, folded], dim=1), atol=1e-4)
 
 
-def test_new_vace_layers_change_nothing_yet():
-    torch.manual_seed(2)
-    base = video_denoiser.new_denoiser()
-    whole = video_denoiser.with_vace(base)
-    latents, level = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0])
-    texts = torch.randn(1, 6, 64)
-    with torch.no_grad():
-        expected = base(latents, level, texts, return_dict=False)[0]
-        led = whole(
-            latents,
-            level,
-            texts,
-            control_hidden_states=torch.randn(1, 96, 2, 4, 4),
-            return_dict=False,
-        )[0]
+def test_a_lesson_gives_the_frames_of_its_first_rows_only(vae, monkeypatch):
+    side = 32
+    monkeypatch.setattr(video_data, "SIDE", side)
+    blank = torch.zeros(1, 3, 17, side, side)
+    clip = video_autoencoder.pixels(video_data.clip(3, 0).scenes)[None, :, :, :side, :side]
+    modes = [video_data.mode_of(row) for row in range(3)]
+    given, masks = video_context.given_only(clip.expand(3, -1, -1, -1, -1), modes)
+    inactive = torch.cat([video_context.normalised(vae, one[None]) for one in given])
+    empty = video_context.normalised(vae, blank)
+    lessons = video_data.Lessons(inactive, [], torch.empty(0), inactive, empty)
 
-    assert torch.allclose(led, expected, atol=1e-5)
+    made = lessons.context([2, 0, 1], given=2)
+
+    for at, row in ((0, 2), (1, 0)):
+        expected = video_context.context(inactive[row : row + 1], empty, masks[row : row + 1])
+        assert torch.equal(made[at : at + 1], expected)
+    assert torch.equal(made[2:], video_context.context(empty, empty, torch.ones_like(masks[:1])))
+
+
+def test_a_denoiser_learns_from_pictures_and_then_from_clips(tmp_path, monkeypatch):
+    """The second stage could not start: a network that is overheard cannot be copied."""
+    monkeypatch.setattr(video_denoiser, "STEPS", {"image": 2, "clip": 2})
+    monkeypatch.setattr(video_denoiser, "BATCH", {"image": 2, "clip": 3})
+    monkeypatch.setattr(video_denoiser, "GIVEN", 1)
+    torch.manual_seed(8)
+    network = video_denoiser.new_denoiser()
+    start = deepcopy(network.state_dict())
+
+    def encode(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.full((len(texts),), 3)
+        return torch.randn(len(texts), 4, 64) * (torch.arange(4) < 3)[:, None], lengths
+
+    for kind, frames in (("image", 1), ("clip", 5)):
+        drawn = [video_data.clip(3, row) for row in range(4)]
+        layouts = layout([one.scenes[0] for one in drawn], 6, 6)
+        lessons = video_data.Lessons(
+            torch.randn(4, 16, frames, 12, 12),
+            [one.wanted for one in drawn],
+            layouts.unsqueeze(2).expand(-1, -1, frames, -1, -1),
+            inactive=torch.randn(2, 16, frames, 12, 12),
+            empty=torch.randn(1, 16, frames, 12, 12),
+        )
+        best = video_denoiser.train_denoiser(network, kind, lessons, encode, tmp_path, seed=1)
+
+    for part in ("blocks.4.ffn.net.2.weight", "vace_blocks.1.attn1.to_q.weight"):
+        assert not torch.equal(best.state_dict()[part], start[part]), part
+
+
+def test_whitening_makes_unit_latents_and_changes_no_clip(vae):
+    made = deepcopy(vae)
+    clips = torch.rand(6, 3, 5, 32, 32) * 2 - 1
+    expected = _round_trip(made, clips)
+
+    video_autoencoder.whiten(made, made.encode(clips).latent_dist.mode())
+
+    flat = video_context.normalised(made, clips).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.cov(flat), torch.eye(16), atol=2e-2)
+    assert float(flat.mean(dim=1).abs().max()) < 1e-2
+    assert torch.allclose(_round_trip(made, clips), expected, atol=1e-3)
+
+
+def test_moments_are_near_zero_for_unit_latents_and_far_for_equal_channels():
+    torch.manual_seed(6)
+    unit, equal = video_autoencoder._Moments(), video_autoencoder._Moments()
+    for _ in range(20):
+        near = unit.distance(torch.randn(4, 16, 2, 12, 12))
+        far = equal.distance(torch.randn(4, 1, 2, 12, 12).expand(-1, 16, -1, -1, -1))
+
+    assert float(near) < 0.01 < 0.5 < float(far)
+
+
+def test_a_latent_frames_colours_are_those_of_its_frames():
+    scenes = [Scene((), ground) for ground in ("white", *["black"] * 2, *["grey"] * 2)]
+
+    shares = video_autoencoder._colours(video_autoencoder.pixels(scenes)[None])
+
+    assert shares.shape == (1, len(PALETTE), 2, 12, 12)
+    names = (*COLOURS, *BACKGROUNDS)
+    of = {name: shares[0, names.index(name), :, 5, 5].tolist() for name in BACKGROUNDS}
+    assert of == {"white": [1.0, 0.0], "grey": [0.0, 0.5], "black": [0.0, 0.5]}
 
 
 def test_the_quick_autoencoder_computes_the_same(vae):
@@ -152,6 +227,15 @@ def test_the_error_of_given_frames_counts_those_only():
     assert video_checks.frame_error(clip, truth, "start") == 0
     assert video_checks.frame_error(clip, truth, "end") == 1
     assert video_checks.frame_error(clip, truth, "both") == 0.5
+
+
+def test_the_error_on_things_leaves_the_background_out():
+    truth = np.zeros((17, 8, 8, 3), np.uint8)
+    truth[:, 2:4, 2:4] = 255
+    nothing = np.zeros_like(truth)
+
+    assert video_checks.frame_error(nothing, truth, "start") == 4 / 64
+    assert video_checks.frame_error(nothing, truth, "start", things=True) == 1
 
 
 def test_training_clips_are_the_same_for_the_same_number_and_never_held_out():

@@ -1,7 +1,8 @@
-"""A VACE checkpoint is a text-to-video one with more beside it: the worker takes what it needs."""
+"""WAN checkpoints are run by the pipeline that they name: text to video, or VACE."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from demo_models.vocabulary import t5_tokenizer
 from worker.catalog import ModelSpec
 from worker.engine.media.wan import Wan
 from worker.errors import ModelUnavailable
+from worker.protocol.messages import RenderParams
 
 SIZES = {
     "num_attention_heads": 1,
@@ -56,27 +58,78 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_base_of_a_vace_checkpoint_serves_text_to_video(folder, tmp_path):
+def test_a_vace_checkpoint_is_run_whole(folder, tmp_path):
     wan = Wan(_spec(folder), torch.device("cpu"), tmp_path)
 
-    transformer = wan._pipeline.transformer
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert isinstance(transformer, WanTransformer3DModel)
+    loaded = wan._pipeline.transformer.state_dict()
+    assert wan.describe()["pipeline"] == "WanVACEPipeline"
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in loaded.items())
+
+
+def test_a_text_alone_makes_a_clip_with_a_vace_checkpoint(folder, tmp_path):
+    wan = Wan(_spec(folder), torch.device("cpu"), tmp_path)
+    steps = []
+
+    clip = wan.frames(_params(), steps.append)
+
+    assert clip.shape == (5, 32, 48, 3)
+    assert steps == [1, 2]
+
+
+def test_a_text_to_video_checkpoint_is_run_as_one(folder, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    WanTransformer3DModel(
+        **{name: size for name, size in SIZES.items() if not name.startswith("vace")}
+    ).save_pretrained(plain / "transformer")
+    index = plain / "model_index.json"
+    index.write_text(
+        index.read_text()
+        .replace("WanVACEPipeline", "WanPipeline")
+        .replace("WanVACETransformer3DModel", "WanTransformer3DModel")
+    )
+
+    wan = Wan(_spec(plain), torch.device("cpu"), tmp_path)
+
     assert wan.describe()["pipeline"] == "WanPipeline"
-    assert transformer.state_dict().keys() == {k for k in saved if not k.startswith("vace_")}
-    assert all(torch.equal(saved[k], v) for k, v in transformer.state_dict().items())
+    assert wan.frames(_params(), lambda _: None).shape == (5, 32, 48, 3)
 
 
-def test_a_vace_checkpoint_that_lacks_a_base_weight_is_refused(folder, tmp_path):
+def test_a_checkpoint_of_another_kind_is_refused_by_its_name(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    index = other / "model_index.json"
+    index.write_text(index.read_text().replace("WanVACEPipeline", "WanVideoToVideoPipeline"))
+
+    with pytest.raises(ModelUnavailable, match="WanVideoToVideoPipeline"):
+        Wan(_spec(other), torch.device("cpu"), tmp_path)
+
+
+def test_a_vace_checkpoint_that_lacks_a_weight_is_refused(folder, tmp_path):
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = load_file(weights)
     lacking = {name: tensor for name, tensor in whole.items() if name != "proj_out.bias"}
     save_file(lacking, weights, metadata={"format": "pt"})
 
-    with pytest.raises(ModelUnavailable, match=r"lacks 1 weights, proj_out\.bias among them"):
+    with pytest.raises(ModelUnavailable, match=r"lacks 1 weights, transformer\.proj_out\.bias"):
         Wan(_spec(folder), torch.device("cpu"), tmp_path)
 
     save_file(whole, weights, metadata={"format": "pt"})
+
+
+def _params() -> RenderParams:
+    return RenderParams(
+        prompt="a red circle",
+        negative_prompt=None,
+        width=48,
+        height=32,
+        steps=2,
+        guidance_scale=2.0,
+        seed=3,
+        frames=5,
+    )
 
 
 def _spec(folder: Path) -> ModelSpec:

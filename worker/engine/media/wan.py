@@ -1,4 +1,4 @@
-"""WAN 2.1 text-to-video through diffusers' own pipeline.
+"""WAN 2.1 text-to-video through diffusers' own pipelines.
 
 The pipeline's text path repairs and trims a prompt before it is encoded (HTML entities, runs of
 spaces, mis-decoded characters). Here the prompt is encoded as it arrived and handed over as
@@ -32,7 +32,7 @@ class Wan:
 
     def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path):
         """Raises ModelUnavailable."""
-        from diffusers import AutoencoderKLWan, WanPipeline
+        from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanVACEPipeline
 
         require_files(spec)
         self.components = component_hashes(spec, state_dir)
@@ -47,17 +47,27 @@ class Wan:
                 local_files_only=True,
                 use_safetensors=True,
             )
-            dtype = getattr(torch, spec.dtype)
-            pipeline = WanPipeline.from_pretrained(
+            # The class that the checkpoint names: a VACE one makes its clips with the context
+            # layers beside the others, with no given frames too.
+            pipeline = DiffusionPipeline.from_pretrained(
                 str(spec.path),
                 vae=vae,
-                **_without_vace(spec, dtype),
-                dtype=dtype,
+                dtype=getattr(torch, spec.dtype),
                 local_files_only=True,
                 use_safetensors=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
+        if not isinstance(pipeline, WanPipeline | WanVACEPipeline):
+            raise ModelUnavailable(
+                f"{spec.id}: {spec.shown_path} holds a {type(pipeline).__name__}; "
+                "WanPipeline and WanVACEPipeline are taken"
+            )
+        if lacking := _weights_not_loaded(pipeline):
+            raise ModelUnavailable(
+                f"{spec.id}: {spec.shown_path} lacks {len(lacking)} weights, "
+                f"{lacking[0]} among them"
+            )
         self._pipeline = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._own_scheduler = self._pipeline.scheduler
@@ -129,31 +139,12 @@ class Wan:
         return type(self._pipeline.scheduler).__name__
 
 
-def _without_vace(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """{"transformer": …} of a VACE checkpoint, else {}: the pipeline then loads it itself.
-
-    A VACE checkpoint is a text-to-video network with layers beside it that follow given frames.
-    A text alone needs none of them.
-    """
-    from diffusers import WanTransformer3DModel
-
-    config = WanTransformer3DModel.load_config(
-        str(spec.path), subfolder="transformer", local_files_only=True
+def _weights_not_loaded(pipeline: Any) -> list[str]:
+    """Names of the weights that no file had: diffusers warns and leaves them without memory."""
+    return sorted(
+        f"{part}.{name}"
+        for part, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, weight in module.named_parameters()
+        if weight.is_meta
     )
-    if config.get("_class_name") != "WanVACETransformer3DModel":
-        return {}
-    # What it does not expect, the layers that are left out, is dropped.
-    transformer, loading = WanTransformer3DModel.from_pretrained(
-        str(spec.path),
-        subfolder="transformer",
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"the transformer lacks {len(loading['missing_keys'])} weights, "
-            f"{sorted(loading['missing_keys'])[0]} among them"
-        )
-    return {"transformer": transformer}
