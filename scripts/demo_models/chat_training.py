@@ -172,17 +172,22 @@ class Trainer:
 
     def chat_step(self, index: int, steps: int) -> Mapping[str, float]:
         """The grammar's conversations, and some more copying, so that it is not forgotten."""
-        chance = random.Random((self._seed + 7) * 1_000_003 + index)
-        batch = [self._encoder.conversation(training_example(chance), chance) for _ in range(BATCH)]
-        batch += [self._encoder.random_copy(chance) for _ in range(BATCH // 8)]
-        return {"loss": self._update(batch, learning_rate(index, steps, 1.0, warm_up=20))}
+        rate = learning_rate(index, steps, 1.0, warm_up=20)
+        return self._conversations(self._seed + 7, index, BATCH // 8, rate)
 
     def further_step(self, index: int, steps: int) -> Mapping[str, float]:
-        """The same with a smaller rate and more copying, of which words that nobody knows are."""
-        chance = random.Random((self._seed + 13) * 1_000_003 + index)
+        """The same with half the rate, and with more copying, for words that nobody knows."""
+        return self._conversations(
+            self._seed + 13, index, BATCH // 3, learning_rate(index, steps, 0.5)
+        )
+
+    def _conversations(
+        self, seed: int, index: int, copies: int, rate: float
+    ) -> Mapping[str, float]:
+        chance = random.Random(seed * 1_000_003 + index)
         batch = [self._encoder.conversation(training_example(chance), chance) for _ in range(BATCH)]
-        batch += [self._encoder.random_copy(chance) for _ in range(BATCH // 3)]
-        return {"loss": self._update(batch, learning_rate(index, steps, 0.5))}
+        batch += [self._encoder.random_copy(chance) for _ in range(copies)]
+        return {"loss": self._update(batch, rate)}
 
     def _update(self, batch: Sequence[Encoded], rate: float) -> float:
         whole = sum(sum(one.weights) for one in batch)

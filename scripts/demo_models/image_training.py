@@ -39,6 +39,7 @@ from demo_models.scenes import (
 )
 from demo_models.training import Average, learning_rate, run_stage, set_learning_rate
 from demo_models.vocabulary import clip_tokenizer
+from demo_models.whitening import whiten
 
 WIDTH = HEIGHT = 128  # pixels; the native size
 VAE_STEPS = 1500
@@ -253,8 +254,8 @@ class Job:
         for (width, height), count in SCENES.items():
             # What is learned last is two things, and how many there are when no place tells.
             wanted = [
-                training_description(chance, things=2 if self._go_on and odd % 2 else None)
-                for odd in range(count)
+                training_description(chance, things=2 if self._go_on and row % 2 else None)
+                for row in range(count)
             ]
             scenes = [place(one, chance, aspect=width / height) for one in wanted]
             latents = []
@@ -399,7 +400,13 @@ class Job:
         with torch.inference_mode():
             pictures = draw([_scene(chance) for _ in range(200)], WIDTH, HEIGHT) * 2 - 1
             posterior = vae.encode(pictures).latent_dist
-        whiten(vae, posterior.mean, posterior.var)
+        whiten(
+            vae.quant_conv,
+            vae.post_quant_conv,
+            posterior.mean,
+            posterior.var,
+            1 / vae.config.scaling_factor,
+        )
         return vae
 
     def _text_side(self) -> TextSide:
@@ -419,32 +426,6 @@ class Job:
             encoder.load_state_dict(saved[name])
             encoder.eval().requires_grad_(False)
         return side
-
-
-@torch.no_grad()
-def whiten(vae: AutoencoderKL, means: torch.Tensor, variances: torch.Tensor) -> None:
-    """Make the latent channels uncorrelated, of mean 0 and of spread 1 / scaling_factor each.
-
-    Training brings them near to that (`train_vae`); this is the rest, exactly. The last layer of
-    the encoder and the first of the decoder are 1x1 convolutions, so a linear map of the latents
-    between them changes no picture. The posterior's variance becomes its average, as a constant.
-
-    means, variances: of posteriors, (pictures, channels, height, width).
-    """
-    flat = means.permute(1, 0, 2, 3).flatten(1).double()
-    mean = flat.mean(dim=1)
-    sizes, directions = torch.linalg.eigh(torch.cov(flat))
-    forward = directions.T / sizes.sqrt()[:, None] / vae.config.scaling_factor
-    spread = forward.square() @ variances.double().mean(dim=(0, 2, 3))
-    out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
-    weight, bias = out.weight[:channels, :, 0, 0].double(), out.bias[:channels].double()
-    out.weight[:channels, :, 0, 0] = (forward @ weight).float()
-    out.bias[:channels] = (forward @ (bias - mean)).float()
-    out.weight[channels:] = 0.0
-    out.bias[channels:] = spread.log().float()
-    first = back.weight[:, :, 0, 0].double()
-    back.bias += (first @ mean).float()
-    back.weight[:, :, 0, 0] = (first @ torch.linalg.inv(forward)).float()
 
 
 def _pictures(seed: int, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:

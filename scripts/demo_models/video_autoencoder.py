@@ -22,6 +22,7 @@ from demo_models.drawing import PALETTE, colour_shares, draw
 from demo_models.muon import Muon
 from demo_models.scenes import Scene, moved, place, training_description
 from demo_models.training import Average, learning_rate, run_stage, set_learning_rate
+from demo_models.whitening import whiten
 
 SIDE, FRAMES = 96, 17  # pixels and frames of the clips that demo-video is made for
 FRAME_STEPS, CLIP_STEPS = 1600, 1000
@@ -61,7 +62,9 @@ def train_autoencoder(vae: AutoencoderKLWan, folder: Path, seed: int) -> Autoenc
     best = _train(vae, probe, "video-frames", folder, seed, FRAME_STEPS, clips=False)
     vae.load_state_dict(best.state_dict())
     best = _train(vae, probe, "video-clips", folder, seed, CLIP_STEPS, clips=True)
-    whiten(best, _latents(best, seed))
+    means, variances = _posteriors(best, seed)
+    whiten(best.quant_conv, best.post_quant_conv, means, variances, 1.0)
+    best.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     return best
 
 
@@ -172,32 +175,6 @@ def _colours(clips: torch.Tensor) -> torch.Tensor:
     return torch.cat([shares[:, :, :1], later], dim=2)
 
 
-@torch.no_grad()
-def whiten(vae: AutoencoderKLWan, latents: torch.Tensor) -> None:
-    """Make the latent channels uncorrelated, of mean 0 and of spread 1 each.
-
-    Training brings them near to that; this is the rest, exactly. The last layer of the encoder and
-    the first of the decoder are 1x1x1 convolutions, so a linear map of the latents between them
-    changes no picture.
-
-    latents: (clips, 16, latent frames, rows, columns), as the encoder makes them now.
-    """
-    flat = latents.transpose(0, 1).flatten(1).double()
-    mean = flat.mean(dim=1)
-    sizes, directions = torch.linalg.eigh(torch.cov(flat))
-    forward = directions.T / sizes.sqrt()[:, None]
-    out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
-    weight, bias = out.weight[:channels, :, 0, 0, 0].double(), out.bias[:channels].double()
-    out.weight[:channels, :, 0, 0, 0] = (forward @ weight).float()
-    out.bias[:channels] = (forward @ (bias - mean)).float()
-    out.weight[channels:] = 0.0
-    out.bias[channels:] = -9.0
-    first = back.weight[:, :, 0, 0, 0].double()
-    back.bias += (first @ mean).float()
-    back.weight[:, :, 0, 0, 0] = (first @ torch.linalg.inv(forward)).float()
-    vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
-
-
 @contextmanager
 def quick_autoencoder() -> Iterator[None]:
     """Within it, WAN's autoencoder computes the same in half the time on a CPU.
@@ -274,15 +251,14 @@ def _window(scene: Scene, side: int, chance: random.Random) -> tuple[int, int, i
 
 
 @torch.no_grad()
-def _latents(vae: AutoencoderKLWan, seed: int) -> torch.Tensor:
-    """Of 48 training clips, (48, 16, 5, 12, 12)."""
+def _posteriors(vae: AutoencoderKLWan, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and variances of 48 training clips, each (48, 16, 5, 12, 12)."""
     chance = random.Random(f"{seed} latents")
     with quick_autoencoder():
-        return torch.cat(
-            [
-                vae.encode(
-                    torch.stack([pixels(random_clip(chance, FRAMES)) for _ in range(8)])
-                ).latent_dist.mode()
-                for _ in range(6)
-            ]
-        )
+        found = [
+            vae.encode(
+                torch.stack([pixels(random_clip(chance, FRAMES)) for _ in range(8)])
+            ).latent_dist
+            for _ in range(6)
+        ]
+    return torch.cat([one.mean for one in found]), torch.cat([one.var for one in found])

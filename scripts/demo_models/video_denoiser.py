@@ -154,7 +154,7 @@ def train_denoiser(
     short = use_short_texts(network)
     average = Average(network, 0.997)
     middle = Overheard(network.blocks[2])
-    layout_reader = nn.Linear(network.config.num_attention_heads * 32, CLASSES)
+    layout_reader = nn.Linear(network.proj_out.in_features, CLASSES)
     optimizers = optimizers_for([*network.named_parameters(), *layout_reader.named_parameters()])
 
     def step(index: int) -> Mapping[str, float]:

@@ -143,7 +143,7 @@ def test_images_of_one_job_differ_by_seed_and_come_again_by_seed(daemon):
     assert not np.array_equal(second, third)
 
 
-@pytest.mark.parametrize("colour", ["purple", "blue", "yellow"])
+@pytest.mark.parametrize("colour", ["orange", "purple", "red", "yellow"])
 def test_a_negative_prompt_that_names_a_colour_removes_it(daemon, image_pipeline, colour):
     prompt = "a square on a black background"
     seeds = list(range(40, 56))
@@ -225,12 +225,14 @@ def test_an_exact_copy_by_image_to_image_returns_the_reference(image_pipeline):
         ),
     ],
 )
-def test_a_clip_shows_what_was_asked_and_moves_as_asked(daemon, prompt, wanted):
+def test_a_clip_has_the_ground_the_colour_and_the_motion_it_was_asked_for(daemon, prompt, wanted):
     frames = clip(daemon, prompt=prompt, seed=4)
 
     assert len(frames) == 17
     assert motion_of(frames) == wanted.motion
-    assert look(frames[8]).background == wanted.background
+    assert {look(frame).background for frame in frames} == {wanted.background}
+    # Shapes cannot be trusted yet: the card of demo-video has the figures.
+    assert main_colour(frames[8]) == wanted.things[0].colour
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -272,7 +274,14 @@ def test_enhancement_then_image_then_video_is_one_chain(daemon):
     assert len(for_image) > len(prompt)
     assert mistakes(look(picture), wanted) == [], for_image
     assert look(frames[8]).background == "white", for_video
+    assert main_colour(frames[8]) == "green", for_video
     assert motion_of(frames) == "right", for_video
+
+
+def main_colour(picture: Picture) -> str | None:
+    """The colour of the largest thing; None when nothing is shown."""
+    things = look(picture, turned=True).things
+    return things[0].colour if things else None
 
 
 def difference(one: Picture, other: Picture) -> float:

@@ -28,6 +28,7 @@ from demo_models.reading import Reader, labels, reading_loss, share_right
 from demo_models.scenes import ATTRIBUTES, Description, Thing
 from demo_models.training import Average, learning_rate, run_stage
 from demo_models.video_checks import film, load_video_pipeline
+from demo_models.whitening import whiten
 from worker.config import REPOSITORY
 
 
@@ -190,14 +191,15 @@ def test_chat_stages_run_and_go_on_from_published_weights_and_tokenizer(tmp_path
     folder = tmp_path / "demo-chat"
     train_demo_chat.train(folder, tmp_path / "work", 0.0, seed=3, go_on=False)
     first = load_file(folder / "model.safetensors")
-    tokenizer = (folder / "tokenizer.json").read_bytes()
+    names = ("tokenizer.json", "tokenizer_config.json")
+    tokenizer = [json.loads((folder / name).read_bytes()) for name in names]
 
     train_demo_chat.train(folder, tmp_path / "more", 0.0, seed=3, go_on=True)
 
     again = load_file(folder / "model.safetensors")
     assert first.keys() == again.keys()
     assert any(not torch.equal(first[name], again[name]) for name in first)
-    assert json.loads((folder / "tokenizer.json").read_bytes()) == json.loads(tokenizer)
+    assert [json.loads((folder / name).read_bytes()) for name in names] == tokenizer
 
 
 def test_going_on_from_published_weights_trains_the_denoiser_alone(tmp_path: Path) -> None:
@@ -235,7 +237,13 @@ def test_whitened_latents_are_uncorrelated_and_decode_to_the_same_picture() -> N
 
     with torch.inference_mode():
         before = plain.encode(pictures).latent_dist
-        image_training.whiten(white, before.mean, before.var)
+        whiten(
+            white.quant_conv,
+            white.post_quant_conv,
+            before.mean,
+            before.var,
+            1 / white.config.scaling_factor,
+        )
         after = white.encode(pictures).latent_dist
         decoded = (plain.decode(before.mean).sample, white.decode(after.mean).sample)
 
