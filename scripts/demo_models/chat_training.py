@@ -102,7 +102,7 @@ class Encoder:
         """
         few = chance.random() < 0.5
         pool = [chance.randrange(VOCABULARY) for _ in range(chance.randint(5, 9) if few else 400)]
-        content = chance.choices(pool, k=chance.randint(2, 12))
+        content = chance.choices(pool, k=chance.randint(2, 20))
         question: list[int] = []
         if chance.random() < 0.5:
             system = chance.choices(pool, k=chance.randint(1, 16))

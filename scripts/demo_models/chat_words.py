@@ -442,7 +442,10 @@ VIDEO_MEDIA = ("video", "clip", "film", "short film", "WAN", "WAN 2.1", "motion"
                "text-to-video")  # fmt: skip
 REQUEST_NOUNS = ("prompt", "prompt", "idea", "description", "text")
 REQUEST_ENDS = (": {}", ": {}", " {}", " - {}", ", {}")
-# Or only {medium} {text}{end}, or {before} {medium} of {prompt}.
+# Or only {medium} {text}{end}, or {before} {medium} of {prompt}, or one of these before it.
+BEFORE_MEDIA = ("I have a", "here is my", "help me with this", "write me a", "more words for my",
+                "something better for the", "give me a richer", "we need one more", "next:",
+                "make more of this", "a longer version of my", "what about this")  # fmt: skip
 OF = ("{} of ", "make a {} of ", "give me a {} of ", "I want a {} of ", "show a {} of ",
       "please make a {} of ")  # fmt: skip
 # Around the prompt of an enhancement that has a system prompt.

@@ -157,7 +157,8 @@ def evaluation_example(chance: random.Random, kind: Kind) -> Example:
 def enhancement(source: Source, kind: Literal["image", "video"], *, long: bool = False) -> Example:
     """long: a system prompt of many sentences and some answered prompts before the last one."""
     chance = source.chance
-    bare = chance.random() < 0.2 and not long
+    # Half again as many in training: few words say what is asked, so each must be known well.
+    bare = chance.random() < (0.2 if source.held_out else 0.3) and not long
     if bare:
         prompt = random_prompt(source, moving=kind == "video" and chance.random() < 0.5)
         plain = kind == "image" and chance.random() < 0.35
@@ -197,6 +198,8 @@ def _request(source: Source, kind: Literal["image", "video"]) -> str:
             made = f"{medium}: {{}}"
         elif how < 0.75:
             made = f"{chance.choice(words.OF).format(medium)}{{}}"
+        elif how < 0.9:
+            made = f"{chance.choice(words.BEFORE_MEDIA)} {made}"
         if chance.random() < 0.5:
             made = made[0].upper() + made[1:]
         if made.lower() not in _HELD_OUT_REQUESTS:
@@ -331,11 +334,11 @@ def random_prompt(source: Source, *, moving: bool) -> Prompt:
     share = source.chance.random()
     if share < 0.48:
         prompt = scene_prompt(source, moving=moving)
-    elif share < (0.86 if source.held_out else 0.72):
+    elif share < (0.86 if source.held_out else 0.68):
         prompt = wide_prompt(source, moving=moving)
     else:
         prompt = unknown_prompt(source)
-    if source.chance.random() < (0.06 if source.held_out else 0.12):
+    if source.chance.random() < (0.06 if source.held_out else 0.18):
         detail = source.chance.choice((*LIGHTS, *QUALITIES))
         prompt = replace(prompt, text=f"{prompt.text}, {detail}", details=(detail,))
     return prompt

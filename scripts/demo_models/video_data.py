@@ -37,9 +37,16 @@ def image(seed: int, index: int) -> Drawn:
 
 
 def clip(seed: int, index: int) -> Drawn:
-    """One clip; three of five show one thing."""
+    """One clip; three of five show one thing, and three of eight turn.
+
+    Turning is the hardest motion to learn: only corners move, and none of them far.
+    """
     chance = random.Random(f"{seed} clip {index}")
-    wanted = training_description(chance, motion=True, things=1 if chance.random() < 0.6 else 2)
+    things = 1 if chance.random() < 0.6 else 2
+    turning = chance.random() < 0.25
+    wanted = training_description(chance, motion=True, things=things)
+    while turning and wanted.motion != "turning":
+        wanted = training_description(chance, motion=True, things=things)
     return Drawn(wanted, moved(place(wanted, chance), wanted.motion, FRAMES, chance))
 
 

@@ -28,6 +28,7 @@ TEXT_TOKENS = 512  # positions that WAN's cross attention sees; all but the firs
 BATCH = {"image": 64, "clip": 16}
 GIVEN = 5  # of a batch of clips follow given frames
 STEPS = {"image": 1200, "clip": 5800}
+FURTHER_STEPS, FURTHER_RATE = 4000, 0.6  # over clips, of published weights
 LAYOUT_WEIGHT = 0.1
 SHIFT = 3.0  # of the noise levels in training; WAN's own
 _SIZES = {
@@ -144,12 +145,15 @@ def train_denoiser(
     encode: Callable[[Sequence[str]], Texts],
     folder: Path,
     seed: int,
+    *,
+    further: bool = False,
 ) -> WanVACETransformer3DModel:
     """Learn the flow from noise to pictures or clips. Returns the averaged network.
 
-    kind: image | clip.
+    kind: image | clip. further: the network has learned all of it before.
     """
-    steps, batch = STEPS[kind], BATCH[kind]
+    steps, batch = (FURTHER_STEPS if further else STEPS[kind]), BATCH[kind]
+    rate = FURTHER_RATE if further else 1.0
     given = GIVEN if kind == "clip" else 0
     short = use_short_texts(network)
     average = Average(network, 0.997)
@@ -180,7 +184,7 @@ def train_denoiser(
         (loss + LAYOUT_WEIGHT * planned).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers.values():
-            set_learning_rate(optimizer, learning_rate(index, steps, 1.0))
+            set_learning_rate(optimizer, learning_rate(index, steps, rate))
             optimizer.step()
         average.update()
         return {"loss": loss.item(), "layout": planned.item()}

@@ -45,6 +45,11 @@ class Stop(Exception):
     pass
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    found = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+
+
 def train(folder: Path, *, steps: int = 12, stop_before: int | None = None) -> dict[str, object]:
     """A stage on a tiny network whose every update depends on random numbers."""
     torch.manual_seed(5)
@@ -173,6 +178,7 @@ def test_every_stage_of_the_video_model_runs_and_gives_a_pipeline(
         video_data: {"IMAGES": 2, "CLIPS": 3, "CONTEXTS": 2},
         video_denoiser: {
             "STEPS": {"image": 1, "clip": 1},
+            "FURTHER_STEPS": 1,
             "BATCH": {"image": 2, "clip": 2},
             "GIVEN": 1,
         },
@@ -185,6 +191,23 @@ def test_every_stage_of_the_video_model_runs_and_gives_a_pipeline(
     pipeline = load_video_pipeline(tmp_path / "demo-video")
     clip = film(pipeline, "a red circle", 1, frames=5, steps=2)
     assert clip.shape == (5, 96, 96, 3)
+    before = _files(tmp_path / "demo-video")
+
+    train_demo_video.train_further(tmp_path / "more", tmp_path / "demo-video", seed=4)
+
+    after = _files(tmp_path / "demo-video")
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "manifest.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+    assert after.keys() == before.keys()
+
+
+def test_three_of_eight_clips_turn_and_the_same_numbers_give_the_same_clip() -> None:
+    clips = [video_data.clip(5, index) for index in range(400)]
+    turning = sum(one.wanted.motion == "turning" for one in clips)
+    assert 120 <= turning <= 180
+    assert clips[7] == video_data.clip(5, 7)
 
 
 def test_chat_stages_run_and_go_on_from_published_weights_and_tokenizer(tmp_path: Path) -> None:
