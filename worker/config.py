@@ -101,7 +101,9 @@ class Chat(Section):
     models: list[Name] = []
     default_model: Name | None = None
     preload: list[Name] | None = None
+    max_running: int = Field(32, ge=1, le=256)
     max_waiting: int = Field(32, ge=0, le=512)
+    kv_bytes: Size = 1 << 30
     deadline_s: float = Field(85.0, gt=0, le=3600)
     stream_deadline_s: float = Field(600.0, gt=0, le=3600)
 

@@ -337,7 +337,7 @@ def test_a_client_that_stays_gets_its_answer(
 def test_the_place_of_a_client_that_went_away_is_free_for_the_next(
     make_chat: Callable[..., ChatPort], hung_up: socket.socket
 ) -> None:
-    port = make_chat(chat={"max_waiting": 0})
+    port = make_chat(chat={"max_running": 1, "max_waiting": 0})
     port.link.plays(stays_silent)
     port.client.post("/chat", json=ASK, environ_overrides={"gunicorn.socket": hung_up})
 

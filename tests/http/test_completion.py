@@ -246,7 +246,7 @@ def test_a_completion_needs_the_chat_engine_and_not_the_other_one(media: MediaPo
 
 
 def test_completions_have_as_many_places_as_chat(make_media: Callable[..., MediaPort]) -> None:
-    port = make_media(chat={"max_waiting": 0}, link=FakeChatLink())
+    port = make_media(chat={"max_running": 1, "max_waiting": 0}, link=FakeChatLink())
     slot = port.admission.enter()
 
     answer = port.client.post("/generate", json=ENHANCE)

@@ -18,6 +18,7 @@ from tests.http.answers import ASK, free_of_traps, refused, retry_after
 from worker import __version__
 from worker.front import chat as chat_module
 from worker.front import memory as memory_module
+from worker.front.app import places
 from worker.protocol.messages import EngineNotice, LoadModel, ModelChanged, ModelState, UnloadModel
 
 
@@ -210,7 +211,7 @@ def test_an_unhealthy_answer_never_holds_a_word_that_a_client_misreads(
 
 def test_an_engine_that_does_not_answer_holds_up_no_report(port: ChatPort) -> None:
     engine_of(port).plays(stays_silent, stays_silent)
-    slots = [port.admission.enter() for _ in range(port.settings.chat.max_waiting + 1)]
+    slots = [port.admission.enter() for _ in range(places(port.settings))]
 
     statuses = [
         port.client.get(path).status_code

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -264,3 +265,22 @@ def test_the_base_model_loads_on_demand(daemon):
     assert answer["model_info"]["active_model_type"] == "base"
     assert answer["receipt"]["model"] == "demo-base"
     assert daemon.chat.post("/memory/unload", json={"which": "base"}).status_code == 200
+
+
+def test_requests_that_run_together_get_what_they_get_alone(daemon):
+    system = {"role": "system", "content": "Enhance the prompt for a photograph. " * 8}
+    things = [f"{count} {colour} boats" for count in range(2, 6) for colour in ("red", "blue")]
+
+    def ask(thing: str) -> dict[str, Any]:
+        messages = [system, {"role": "user", "content": thing}]
+        body = {"messages": messages, "max_tokens": 40, "temperature": 0}
+        answer: dict[str, Any] = daemon.chat.post("/enhance", json=body).json()
+        return answer
+
+    alone = {thing: ask(thing)["enhanced_prompt"] for thing in things}
+    with ThreadPoolExecutor(len(things)) as pool:
+        together = dict(zip(things, pool.map(ask, things), strict=True))
+
+    assert {thing: answer["enhanced_prompt"] for thing, answer in together.items()} == alone
+    assert len(set(alone.values())) == len(things)
+    assert all(answer["receipt"]["prompt_tokens_cached"] >= 48 for answer in together.values())

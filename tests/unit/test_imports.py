@@ -48,6 +48,7 @@ ALLOWED = {
         "worker.catalog",
         "worker.engine",
         "worker.errors",
+        "worker.log",
         "worker.modelfiles",
         "worker.protocol",
         "worker.receipt",

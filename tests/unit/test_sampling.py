@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from worker.engine.chat.sampling import Sampler, draw, philox, uniform
+from worker.engine.chat.sampling import NotANumber, Sampler, choose, draw, philox, uniform
 from worker.protocol.messages import Sampling
 
 VOCABULARY = 12
@@ -28,6 +28,18 @@ def some_logits(number: int, size: int = VOCABULARY) -> torch.Tensor:
     """Logits of a step: the same for the same number, spread as a model's are."""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(size, generator=generator) * 3
+
+
+def draw_one(logits: torch.Tensor, options: Sampling, number: float) -> int:
+    """The token of one row of logits for one uniform number."""
+    return int(choose(logits[None].float(), [options], [number])[0])
+
+
+def sample(sampler: Sampler, logits: torch.Tensor) -> int:
+    """One token of a request that is alone."""
+    [token] = draw(logits[None], [sampler])
+    assert isinstance(token, int)
+    return token
 
 
 # --- the generator -----------------------------------------------------------------------------
@@ -86,10 +98,10 @@ def test_a_token_depends_on_its_seed_and_position_and_on_nothing_before() -> Non
     # Two requests with other draws before position 5 draw the same there.
     one, two = Sampler(sampling(seed=7), [1]), Sampler(sampling(seed=7), [2])
     for position in range(5):
-        one.sample(some_logits(position))
-        two.sample(some_logits(100 + position))
+        sample(one, some_logits(position))
+        sample(two, some_logits(100 + position))
 
-    assert one.sample(some_logits(50, 1000)) == two.sample(some_logits(50, 1000))
+    assert sample(one, some_logits(50, 1000)) == sample(two, some_logits(50, 1000))
 
 
 def test_samplers_that_take_turns_do_not_influence_each_other() -> None:
@@ -100,13 +112,13 @@ def test_samplers_that_take_turns_do_not_influence_each_other() -> None:
 
     def alone(name: str) -> list[int]:
         sampler = Sampler(settings_of[name], [1, 2, 3])
-        return [sampler.sample(some_logits(position)) for position in range(50)]
+        return [sample(sampler, some_logits(position)) for position in range(50)]
 
     samplers = {name: Sampler(one, [1, 2, 3]) for name, one in settings_of.items()}
     together: dict[str, list[int]] = {"a": [], "b": []}
     for position in range(50):
         for name, sampler in samplers.items():
-            together[name].append(sampler.sample(some_logits(position)))
+            together[name].append(sample(sampler, some_logits(position)))
 
     assert together == {"a": alone("a"), "b": alone("b")}
 
@@ -119,7 +131,7 @@ def test_logits_are_left_as_they_were() -> None:
     )
 
     for _ in range(3):
-        sampler.sample(logits)
+        sample(sampler, logits)
 
     assert torch.equal(logits, before)
 
@@ -129,7 +141,7 @@ def test_half_precision_logits_are_taken_as_the_numbers_they_are(dtype: torch.dt
     logits = some_logits(1, 500).to(dtype)
     options = sampling(seed=3, repetition_penalty=1.1, temperature=0.8)
 
-    tokens = [Sampler(options, [1]).sample(logits), Sampler(options, [1]).sample(logits.float())]
+    tokens = [sample(Sampler(options, [1]), logits), sample(Sampler(options, [1]), logits.float())]
 
     assert tokens[0] == tokens[1]
 
@@ -143,7 +155,9 @@ def test_tokens_are_drawn_as_often_as_softmax_says(temperature: float) -> None:
     draws = 6000
     options = sampling(temperature=temperature)
 
-    counts = Counter(draw(logits, options, uniform(20_24, position)) for position in range(draws))
+    counts = Counter(
+        draw_one(logits, options, uniform(20_24, position)) for position in range(draws)
+    )
 
     weights = [math.exp(one / temperature) for one in logits.tolist()]
     expected = [draws * weight / sum(weights) for weight in weights]
@@ -158,7 +172,7 @@ def test_a_temperature_of_zero_takes_the_likeliest_token_and_no_random_number() 
     logits = some_logits(4)
     options = sampling(temperature=0.0, top_p=0.5)
 
-    tokens = {draw(logits, options, number / 10) for number in range(10)}
+    tokens = {draw_one(logits, options, number / 10) for number in range(10)}
 
     assert tokens == {max(range(VOCABULARY), key=logits.tolist().__getitem__)}
 
@@ -166,14 +180,16 @@ def test_a_temperature_of_zero_takes_the_likeliest_token_and_no_random_number() 
 def test_of_equally_likely_tokens_zero_temperature_takes_the_lowest_id() -> None:
     logits = torch.tensor([0.0, 3.0, 3.0, 1.0])
 
-    assert draw(logits, sampling(temperature=0.0), 0.99) == 1
+    assert draw_one(logits, sampling(temperature=0.0), 0.99) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-30, 1e-38, 1e-45, 1e-300, 5e-324])
 def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([1.0, 30.0, 20.0, -10.0])
 
-    tokens = {draw(logits, sampling(temperature=temperature), number / 8) for number in range(8)}
+    tokens = {
+        draw_one(logits, sampling(temperature=temperature), number / 8) for number in range(8)
+    }
 
     assert tokens == {1}
 
@@ -181,11 +197,13 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float) -
 def test_equally_likely_tokens_are_ordered_by_rising_id() -> None:
     logits = torch.zeros(4)
 
-    tokens = [draw(logits, sampling(), number) for number in (0.0, 0.24, 0.26, 0.49, 0.51, 0.99)]
+    tokens = [
+        draw_one(logits, sampling(), number) for number in (0.0, 0.24, 0.26, 0.49, 0.51, 0.99)
+    ]
 
     assert tokens == [0, 0, 1, 1, 2, 3]
     many = torch.zeros(10_000)
-    assert [draw(many, sampling(), (token + 0.5) / 10_000) for token in (0, 17, 9_999)] == [
+    assert [draw_one(many, sampling(), (token + 0.5) / 10_000) for token in (0, 17, 9_999)] == [
         0,
         17,
         9_999,
@@ -195,17 +213,17 @@ def test_equally_likely_tokens_are_ordered_by_rising_id() -> None:
 def test_a_token_begins_where_the_one_before_it_ends() -> None:
     logits = torch.zeros(2)
 
-    assert draw(logits, sampling(), 0.5) == 1
-    assert draw(logits, sampling(), math.nextafter(0.5, 0)) == 0
+    assert draw_one(logits, sampling(), 0.5) == 1
+    assert draw_one(logits, sampling(), math.nextafter(0.5, 0)) == 0
 
 
 def test_a_masked_token_is_never_drawn() -> None:
     logits = torch.tensor([0.0, -math.inf, 0.0])
 
-    tokens = {draw(logits, sampling(), number / 100) for number in range(100)}
+    tokens = {draw_one(logits, sampling(), number / 100) for number in range(100)}
 
     assert tokens == {0, 2}
-    assert draw(logits, sampling(), math.nextafter(1.0, 0)) == 2
+    assert draw_one(logits, sampling(), math.nextafter(1.0, 0)) == 2
 
 
 # --- truncation --------------------------------------------------------------------------------
@@ -260,16 +278,16 @@ def test_exactly_the_tokens_of_the_definitions_can_be_drawn(
     for token, probability in kept:
         if probability > 1e-4:  # wide enough that rounding cannot move its middle out of it
             middle = begin + probability / 2
-            assert draw(torch.tensor(logits), options, middle) == token
+            assert draw_one(torch.tensor(logits), options, middle) == token
         begin += probability
-    last = draw(torch.tensor(logits), options, math.nextafter(1.0, 0))
+    last = draw_one(torch.tensor(logits), options, math.nextafter(1.0, 0))
     assert last in [token for token, _ in kept]
 
 
 def test_top_k_keeps_so_many() -> None:
     logits = torch.tensor([1.0, 4.0, 3.0, 2.0])
 
-    tokens = {draw(logits, sampling(top_k=2), number / 100) for number in range(100)}
+    tokens = {draw_one(logits, sampling(top_k=2), number / 100) for number in range(100)}
 
     assert tokens == {1, 2}
 
@@ -279,7 +297,7 @@ def test_top_p_counts_of_what_top_k_left() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
 
     def drawn(**options: float) -> set[int]:
-        return {draw(logits, sampling(**options), number / 100) for number in range(100)}
+        return {draw_one(logits, sampling(**options), number / 100) for number in range(100)}
 
     assert drawn(top_p=0.55) == {0, 1}
     assert drawn(top_p=0.55, top_k=2) == {0}
@@ -288,7 +306,7 @@ def test_top_p_counts_of_what_top_k_left() -> None:
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
 
-    tokens = {draw(logits, sampling(min_p=0.6), number / 100) for number in range(100)}
+    tokens = {draw_one(logits, sampling(min_p=0.6), number / 100) for number in range(100)}
 
     assert tokens == {0, 1}
 
@@ -314,9 +332,9 @@ def test_a_parameter_that_is_off_is_as_good_as_none(
     with_it = Sampler(sampling(**base, **off), [1, 2])
     without = Sampler(sampling(**base), [1, 2])
 
-    tokens = [with_it.sample(some_logits(position)) for position in range(40)]
+    tokens = [sample(with_it, some_logits(position)) for position in range(40)]
 
-    assert tokens == [without.sample(some_logits(position)) for position in range(40)]
+    assert tokens == [sample(without, some_logits(position)) for position in range(40)]
 
 
 @pytest.mark.parametrize(
@@ -335,9 +353,9 @@ def test_a_parameter_that_is_off_is_as_good_as_none(
 def test_a_parameter_that_is_on_changes_the_draws(on: dict[str, float]) -> None:
     with_it, without = Sampler(sampling(**on), [1, 2]), Sampler(sampling(), [1, 2])
 
-    tokens = [with_it.sample(some_logits(position)) for position in range(40)]
+    tokens = [sample(with_it, some_logits(position)) for position in range(40)]
 
-    assert tokens != [without.sample(some_logits(position)) for position in range(40)]
+    assert tokens != [sample(without, some_logits(position)) for position in range(40)]
 
 
 # --- penalties ---------------------------------------------------------------------------------
@@ -354,10 +372,10 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float, temperat
     for position in range(60):
         logits = some_logits(position)
         scores = theirs(torch.tensor([ids]), logits[None].clone())[0]
-        token = ours.sample(logits)
+        token = sample(ours, logits)
         ids.append(token)
 
-        assert token == draw(scores, sampling(temperature=temperature), uniform(11, position))
+        assert token == draw_one(scores, sampling(temperature=temperature), uniform(11, position))
 
 
 @pytest.mark.parametrize(
@@ -379,10 +397,47 @@ def test_presence_and_frequency_count_the_completion_alone(
             one - (presence or 0.0) * (counts[token] > 0) - (frequency or 0.0) * counts[token]
             for token, one in enumerate(logits.tolist())
         ]
-        token = ours.sample(logits)
+        token = sample(ours, logits)
         counts[token] += 1
 
-        expected = draw(
+        expected = draw_one(
             torch.tensor(penalised), sampling(temperature=temperature), uniform(5, position)
         )
         assert token == expected
+
+
+# --- many rows at once ---------------------------------------------------------------------------
+
+MIXED = [
+    sampling(seed=1),
+    sampling(seed=2, temperature=0.0),
+    sampling(seed=3, top_k=3, repetition_penalty=1.4),
+    sampling(seed=4, top_p=0.6, temperature=0.7),
+    sampling(seed=5, min_p=0.2, presence_penalty=0.8, frequency_penalty=0.3),
+    sampling(seed=6, top_k=5, top_p=0.9, min_p=0.05, temperature=1.8),
+    sampling(seed=7, frequency_penalty=-0.4, repetition_penalty=0.8),
+]
+
+
+def test_a_row_is_drawn_as_if_it_were_alone() -> None:
+    alone = [Sampler(options, [1, 2]) for options in MIXED]
+    together = [Sampler(options, [1, 2]) for options in MIXED]
+
+    for step in range(80):
+        logits = torch.stack([some_logits(1000 * step + row) for row in range(len(MIXED))])
+        expected = [sample(one, logits[row]) for row, one in enumerate(alone)]
+
+        assert draw(logits, together) == expected
+
+
+def test_a_row_that_is_no_number_fails_alone() -> None:
+    logits = torch.stack([some_logits(row) for row in range(3)])
+    logits[1, 5] = math.nan
+    samplers = [Sampler(sampling(seed=row), [1]) for row in range(3)]
+    expected = [sample(Sampler(sampling(seed=row), [1]), logits[row]) for row in (0, 2)]
+
+    first, broken, last = draw(logits, samplers)
+
+    assert [first, last] == expected
+    assert isinstance(broken, NotANumber)
+    assert samplers[1].position == 0

@@ -69,7 +69,13 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
 
         catalog = chat_catalog(settings)
         return ChatEngine(
-            catalog, preload_ids(catalog, settings.chat.preload), device, settings.state_dir, outbox
+            catalog,
+            preload_ids(catalog, settings.chat.preload),
+            device,
+            settings.state_dir,
+            outbox,
+            kv_bytes=settings.chat.kv_bytes,
+            max_running=settings.chat.max_running,
         )
     from worker.engine.media.engine import MediaEngine
 

@@ -49,7 +49,7 @@ class Front:
 
 def places(settings: Settings) -> int:
     """Chat requests that may run or wait at a time."""
-    return settings.chat.max_waiting + 1
+    return settings.chat.max_running + settings.chat.max_waiting
 
 
 def threads(settings: Settings, name: str) -> int:

@@ -225,6 +225,7 @@ class ChatService:
             messages=parsed.messages,
             prompt=parsed.prompt,
             sampling=parsed.sampling,
+            stream=parsed.stream,
             deadline_s=parsed.deadline_s,
         )
         try:

@@ -13,7 +13,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 1
+VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -131,6 +131,7 @@ class Generate(Message, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...] = ()
     prompt: str | None = None  # given: `messages` is empty and no template is applied
     sampling: Sampling
+    stream: bool = False  # whether `Token` events are wanted before `Generated`
     deadline_s: float  # from the arrival of this message
 
 

@@ -1,39 +1,35 @@
-"""The chat engine: one request at a time, one token a step.
+"""The chat engine: continuous batching.
 
-The interface is the one that batching will fill: `submit` and `cancel` between steps, `step` does
-one round. Exactness does not depend on what waits.
+A step is one forward pass: the scheduler plans it, the runner computes it, a token is drawn for
+every sequence that is computed to its end, and what the tokens mean is sent.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
 from worker.engine.chat.model import LanguageModel, PromptReader
-from worker.engine.chat.sampling import Sampler
-from worker.engine.chat.stop import StopScanner
-from worker.engine.chat.tokenizer import TextDecoder
+from worker.engine.chat.request import Request
+from worker.engine.chat.sampling import NotANumber, draw
+from worker.engine.chat.scheduler import Piece, Plan, TokenSequence
+from worker.engine.device import translated
 from worker.engine.host import Outbox, Report, Ticket
 from worker.engine.residents import Residents
-from worker.errors import (
-    Cancelled,
-    ContextTooLong,
-    DeadlineExceeded,
-    InvalidRequest,
-    WorkerError,
-)
+from worker.errors import Cancelled, DeadlineExceeded, InvalidRequest, WorkerError
+from worker.log import request_scope
 from worker.protocol.messages import (
     Generate,
-    Generated,
     LoadModel,
     Message,
     Render,
@@ -42,67 +38,22 @@ from worker.protocol.messages import (
     UnloadModel,
     failed,
 )
-from worker.receipt import ids_sha256, messages_sha256, text_sha256
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+COUNTERS = ("requests_served", "tokens_generated", "tokens_computed", "passes_retried")
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class _Waiting:
     ticket: Ticket
     message: Message
     arrived: float  # monotonic
 
 
-class _Running:
-    """A request that is being generated."""
-
-    def __init__(self, ticket: Ticket, message: Generate, model: LanguageModel, arrived: float):
-        self.ticket = ticket
-        self.message = message
-        self.model = model
-        self.reader = reader = model.reader
-        self.arrived = arrived
-        self.ends = arrived + message.deadline_s
-        _, self.prompt_ids, self.template = reader.read(message.messages, message.prompt)
-        self.room = reader.context_tokens - len(self.prompt_ids)
-        if not self.prompt_ids:
-            raise InvalidRequest("the prompt has no tokens, so there is nothing to continue")
-        if self.room < 1:
-            raise ContextTooLong(
-                prompt_tokens=len(self.prompt_ids), context_tokens=reader.context_tokens
-            )
-        self.limit = min(self.room, message.sampling.max_tokens)
-        self.sampler = Sampler(message.sampling, self.prompt_ids)
-        self.decoder = TextDecoder()
-        self.stops = StopScanner(message.sampling.stop)
-        self.ids: list[int] = []
-        self.text: list[str] = []
-        self.cache: Any = None
-        self.started = 0.0
-        self.first_token = 0.0
-
-    def take(self, token: int) -> str:
-        """Remember a token that is not the end; return the text it completes."""
-        self.ids.append(token)
-        return self._show(self.decoder.feed(self.reader.tokenizer.token_bytes(token)))
-
-    def finish(self) -> str:
-        """The last text: an unfinished character, and what a stop string held back."""
-        if self.stops.found is not None:
-            return ""
-        return self._show(self.decoder.finish()) + self._remember(self.stops.finish())
-
-    def _show(self, text: str) -> str:
-        return self._remember(self.stops.feed(text))
-
-    def _remember(self, text: str) -> str:
-        self.text.append(text)
-        return text
-
-
 class ChatEngine:
-    """Causal language models on one device.
+    """Causal language models on one device, each with its own batch.
 
     Thread-confined: every method runs on the engine thread (worker/engine/host.py).
     """
@@ -114,22 +65,29 @@ class ChatEngine:
         device: torch.device,
         state_dir: Path,
         outbox: Outbox,
+        *,
+        kv_bytes: int,
+        max_running: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """preload: catalog ids that are loaded before the first request."""
+        """preload: catalog ids that are loaded before the first request. kv_bytes, max_running:
+        of each model."""
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
+        self._kv_bytes = kv_bytes
+        self._max_running = max_running
         self._clock = clock
         self._readers: dict[str, PromptReader] = {}
         self._models: Residents[LanguageModel] = Residents(
             catalog.specs, device, self._load, lambda: outbox.publish(self.report())
         )
         self._preload = deque(preload)
-        self._waiting: deque[_Waiting] = deque()
-        self._running: _Running | None = None
-        self._requests_served = 0
-        self._tokens_generated = 0
+        self._arrived: deque[_Waiting] = deque()
+        self._requests: dict[Ticket, Request] = {}
+        self._of_sequence: dict[TokenSequence, Request] = {}
+        self._turns: deque[LanguageModel] = deque()  # models with work, next one first
+        self._counters = Counter[str]()
 
     # --- what the host calls -------------------------------------------------------------------
 
@@ -138,166 +96,194 @@ class ChatEngine:
         if isinstance(message, Render):
             self._answer(ticket, lambda: self._render(message))
             return
-        self._waiting.append(_Waiting(ticket, message, self._clock()))
+        self._arrived.append(_Waiting(ticket, message, self._clock()))
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request, running or waiting; unknown ones are done already."""
         error = Cancelled("the client has gone")
-        if self._running is not None and self._running.ticket == ticket:
-            self._fail(ticket, error)
-            self._running = None
-            return
-        for waiting in list(self._waiting):
+        if ticket in self._requests:
+            self._end(self._requests[ticket], error)
+        for waiting in list(self._arrived):
             if waiting.ticket == ticket:
-                self._waiting.remove(waiting)
+                self._arrived.remove(waiting)
                 self._fail(ticket, error)
 
     def step(self) -> bool:
-        """Do one round: load a model, begin a request, or make one token. False when idle."""
+        """Do one round: load a model, or one forward pass of one model. False when idle."""
         if self._preload:
             model_id = self._preload.popleft()
             quietly(lambda: self._models.ensure(model_id))
-        elif self._running is not None:
-            self._advance(self._running)
-        elif self._waiting:
-            self._begin(self._waiting.popleft())
-        else:
-            return False
+            return True
+        began = self._begin_what_arrived()
+        self._end_what_is_late()
+        if not self._turns:
+            return began
+        model = self._turns[0]
+        self._turns.rotate(-1)
+        plan = model.scheduler.plan()
+        self._move(model, plan)
+        for piece, token in self._compute(model, plan.pieces):
+            self._emit(piece, token)
         return True
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
+        models = {one.model for one in self._requests.values()}
+        running = sum(model.scheduler.running for model in models)
         return self._models.report(
             more_to_load=bool(self._preload),
-            active=int(self._running is not None),
-            waiting=len(self._waiting),
-            counters={
-                "requests_served": self._requests_served,
-                "tokens_generated": self._tokens_generated,
-            },
+            active=running,
+            waiting=len(self._arrived) + len(self._requests) - running,
+            counters={name: self._counters[name] for name in COUNTERS},
         )
 
     # --- requests ------------------------------------------------------------------------------
 
-    def _begin(self, waiting: _Waiting) -> None:
-        ticket, message = waiting.ticket, waiting.message
-        match message:
-            case Generate():
-                if not self._answer(
-                    ticket, lambda: self._prefill(ticket, message, waiting.arrived)
-                ):
-                    self._running = None
-            case LoadModel():
-                self._answer(ticket, lambda: self._models.load_for(message))
-            case UnloadModel():
-                self._answer(ticket, lambda: self._models.unload_for(message))
-            case _:
-                log.error("the chat engine does not take %s", type(message).__name__)
-                self._fail(ticket, InvalidRequest("the chat engine does not take this message"))
+    def _begin_what_arrived(self) -> bool:
+        """Messages in order of arrival; one that changes a model holds back later ones of it."""
+        later: deque[_Waiting] = deque()
+        held: set[str] = set()
+        began = False
+        while self._arrived:
+            waiting = self._arrived.popleft()
+            message = waiting.message
+            match message:
+                case Generate() if message.model not in held:
+                    self._answer(waiting.ticket, partial(self._begin, waiting, message))
+                case LoadModel() if self._is_free(message.model, held):
+                    self._answer(waiting.ticket, partial(self._models.load_for, message))
+                case UnloadModel() if self._is_free(message.model, held):
+                    self._answer(waiting.ticket, partial(self._models.unload_for, message))
+                case Generate() | LoadModel() | UnloadModel():
+                    held.add(message.model)
+                    later.append(waiting)
+                    continue
+                case _:
+                    log.error("the chat engine does not take %s", type(message).__name__)
+                    error = InvalidRequest("the chat engine does not take this message")
+                    self._fail(waiting.ticket, error)
+            began = True
+        self._arrived = later
+        return began
 
-    def _prefill(self, ticket: Ticket, message: Generate, arrived: float) -> None:
-        if self._clock() > arrived + message.deadline_s:
+    def _is_free(self, model_id: str, held: set[str]) -> bool:
+        return model_id not in held and all(
+            request.message.model != model_id for request in self._requests.values()
+        )
+
+    def _begin(self, waiting: _Waiting, message: Generate) -> None:
+        if self._clock() > waiting.arrived + message.deadline_s:
             raise _too_late(message.deadline_s)
         model = self._models.ensure(message.model)
-        running = _Running(ticket, message, model, arrived)
-        running.started = self._clock()
-        logits, running.cache = model.start(running.prompt_ids)
-        running.first_token = self._clock()
-        self._running = running
-        self._take(running, running.sampler.sample(logits))
+        request = Request(waiting.ticket, message, model, waiting.arrived)
+        self._requests[waiting.ticket] = request
+        self._of_sequence[request.sequence] = request
+        model.scheduler.add(request.sequence)
+        if model not in self._turns:
+            self._turns.append(model)
 
-    def _advance(self, running: _Running) -> None:
-        def one_token() -> None:
-            if self._clock() > running.ends:
-                raise _too_late(running.message.deadline_s)
-            logits, running.cache = running.model.step(running.ids[-1], running.cache)
-            self._take(running, running.sampler.sample(logits))
+    def _end_what_is_late(self) -> None:
+        now = self._clock()
+        for request in [one for one in self._requests.values() if now > one.ends]:
+            self._end(request, _too_late(request.message.deadline_s))
 
-        if not self._answer(running.ticket, one_token):
-            self._running = None
+    def _move(self, model: LanguageModel, plan: Plan) -> None:
+        """Park and resume; a sequence whose keys and values cannot be moved fails alone."""
+        for sequence, blocks in plan.park:
+            self._alone(sequence, partial(model.runner.park, sequence, blocks))
+        for sequence in plan.resume:
+            self._alone(sequence, partial(model.runner.resume, sequence))
+        plan.pieces = [piece for piece in plan.pieces if piece.sequence in self._of_sequence]
 
-    def _take(self, running: _Running, token: int) -> None:
-        """Emit what a token means: text, or the end."""
-        self._tokens_generated += 1
-        if token in running.reader.end_ids:
-            self._finish(running, "stop", completion_tokens=len(running.ids) + 1)
-            return
-        text = running.take(token)
-        count = len(running.ids)
-        self._send(
-            running.ticket,
-            Token(request_id=running.ticket.request_id, text=text, completion_tokens=count),
-        )
-        if running.stops.found is not None:
-            self._finish(running, "stop", completion_tokens=count)
-        elif count == running.limit:  # checked here, so no forward pass is wasted
-            self._finish(running, "length", completion_tokens=count)
+    def _compute(self, model: LanguageModel, pieces: Sequence[Piece]) -> list[tuple[Piece, int]]:
+        """One pass: the next token of each sequence that is computed to its end."""
+        if not pieces:
+            return []
+        now = self._clock()
+        for piece in pieces:
+            request = self._of_sequence[piece.sequence]
+            request.started = request.started or now
+        try:
+            with translated():
+                logits = model.runner.run(pieces)
+        except WorkerError as exc:
+            log.warning(
+                "a pass over %d sequences failed (%s); computing each of them alone",
+                len(pieces),
+                exc,
+            )
+            self._counters["passes_retried"] += 1
+        else:
+            return self._draw(model, pieces, logits)
+        drawn: list[tuple[Piece, int]] = []
+        for piece in pieces:
+            rows = self._alone(piece.sequence, partial(model.runner.run, [piece]))
+            if rows is not None:
+                drawn += self._draw(model, [piece], rows)
+        return drawn
 
-    def _finish(self, running: _Running, reason: str, *, completion_tokens: int) -> None:
-        tail = running.finish()
-        if running.stops.found is not None:
-            reason = "stop"
-        if tail:
+    def _alone(self, sequence: TokenSequence, work: Callable[[], T]) -> T | None:
+        """Work for one sequence; when it raises, that sequence's request ends and no other."""
+        request = self._of_sequence[sequence]
+        try:
+            with request_scope(request.ticket.request_id), translated():
+                return work()
+        except WorkerError as exc:
+            self._end(request, exc)
+            return None
+
+    def _draw(
+        self, model: LanguageModel, pieces: Sequence[Piece], logits: torch.Tensor
+    ) -> list[tuple[Piece, int]]:
+        sampled = [piece for piece in pieces if piece.samples]
+        for piece in pieces:
+            model.scheduler.computed(piece)
+        self._counters["tokens_computed"] += sum(piece.end - piece.begin for piece in pieces)
+        if not sampled:
+            return []
+        samplers = [self._of_sequence[piece.sequence].sampler for piece in sampled]
+        drawn = []
+        for piece, token in zip(sampled, draw(logits, samplers), strict=True):
+            if isinstance(token, NotANumber):
+                self._end(self._of_sequence[piece.sequence], token)
+            else:
+                drawn.append((piece, token))
+        return drawn
+
+    def _emit(self, piece: Piece, token: int) -> None:
+        """Send what a token means: text, or the end."""
+        request = self._of_sequence[piece.sequence]
+        now = self._clock()
+        request.first_token = request.first_token or now
+        self._counters["tokens_generated"] += 1
+        text = request.take(token)
+        if request.message.stream and (text or request.finish_reason is None):
             self._send(
-                running.ticket,
+                request.ticket,
                 Token(
-                    request_id=running.ticket.request_id,
-                    text=tail,
-                    completion_tokens=completion_tokens,
+                    request_id=request.ticket.request_id,
+                    text=text,
+                    completion_tokens=request.completion_tokens,
                 ),
             )
-        now = self._clock()
-        self._requests_served += 1
-        self._send(
-            running.ticket,
-            Generated(
-                request_id=running.ticket.request_id,
-                text="".join(running.text),
-                finish_reason=reason,
-                stop_string=running.stops.found,
-                prompt_tokens=len(running.prompt_ids),
-                completion_tokens=completion_tokens,
-                receipt=self._receipt(running, reason, completion_tokens),
-                queue_s=running.started - running.arrived,
-                prefill_s=running.first_token - running.started,
-                decode_s=now - running.first_token,
-            ),
-        )
-        self._running = None
+        if request.finish_reason is not None:
+            self._counters["requests_served"] += 1
+            self._send(request.ticket, request.result(now))
+            self._forget(request)
 
-    def _receipt(self, running: _Running, reason: str, completion_tokens: int) -> dict[str, Any]:
-        message, sampling = running.message, running.message.sampling
-        source = (
-            {"prompt_sha256": text_sha256(message.prompt)}
-            if message.prompt is not None
-            else {"messages_sha256": messages_sha256((m.role, m.content) for m in message.messages)}
-        )
-        return {
-            "model": message.model,
-            "weights": running.model.weights,
-            "tokenizer_sha256": running.reader.tokenizer.sha256,
-            "template": running.template,
-            **source,
-            "prompt_ids_sha256": ids_sha256(running.prompt_ids),
-            "completion_ids_sha256": ids_sha256(running.ids),
-            "prompt_tokens": len(running.prompt_ids),
-            "completion_tokens": completion_tokens,
-            "context_tokens": running.reader.context_tokens,
-            "finish_reason": reason,
-            "sampling": {
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": sampling.min_p,
-                "repetition_penalty": sampling.repetition_penalty,
-                "presence_penalty": sampling.presence_penalty,
-                "frequency_penalty": sampling.frequency_penalty,
-                "stop": list(sampling.stop),
-            },
-            "seed": sampling.seed,
-            "exactness": "bit",
-        }
+    def _end(self, request: Request, error: WorkerError) -> None:
+        self._fail(request.ticket, error)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        model = request.model
+        del self._requests[request.ticket], self._of_sequence[request.sequence]
+        model.runner.forget(request.sequence)
+        model.scheduler.remove(request.sequence)
+        if not any(model.scheduler):
+            self._turns.remove(model)
+            model.pool.check()
+            assert model.pool.used == 0, "blocks are used by no sequence"
 
     def _render(self, message: Render) -> Rendered:
         reader = self._reader(message.model)
@@ -312,7 +298,14 @@ class ChatEngine:
         )
 
     def _load(self, spec: ModelSpec) -> LanguageModel:
-        return LanguageModel(spec, self._device, self._state_dir, self._reader(spec.id))
+        return LanguageModel(
+            spec,
+            self._device,
+            self._state_dir,
+            self._reader(spec.id),
+            kv_bytes=self._kv_bytes,
+            max_running=self._max_running,
+        )
 
     def _reader(self, model_id: str) -> PromptReader:
         if model_id not in self._readers:

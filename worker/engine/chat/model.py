@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 from worker.catalog import ModelSpec
+from worker.engine.chat.attention import NAME as ATTENTION
+from worker.engine.chat.attention import PagedKV, register
+from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool
+from worker.engine.chat.runner import Runner
+from worker.engine.chat.scheduler import Scheduler
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
 from worker.errors import ConfigError, ModelUnavailable
@@ -18,6 +23,10 @@ from worker.modelfiles import combined_sha256, require_files, weight_bytes, weig
 from worker.protocol.messages import ChatMessage
 
 log = logging.getLogger(__name__)
+
+# Tokens of one forward pass. More use the device better; fewer make the streams of others stall
+# less while a long prompt is computed.
+PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class PromptReader:
@@ -55,15 +64,26 @@ class PromptReader:
 
 
 class LanguageModel:
-    """Weights on the device. Engine thread only."""
+    """Weights and KV pool on the device, with what plans and runs passes. Engine thread only."""
 
     def __init__(
-        self, spec: ModelSpec, device: torch.device, state_dir: Path, reader: PromptReader
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        state_dir: Path,
+        reader: PromptReader,
+        *,
+        kv_bytes: int,
+        max_running: int,
     ):
-        """Load; a new object every time. Raises ModelUnavailable."""
+        """Load; a new object every time. Raises ModelUnavailable.
+
+        kv_bytes: of the KV pool. max_running: sequences in one pass.
+        """
         from transformers import AutoModelForCausalLM
 
         require_files(spec)
+        register()
         self.weights = f"sha256:{combined_sha256(weights_sha256(spec, state_dir))}"
         self.weight_bytes = weight_bytes(spec)
         try:
@@ -72,35 +92,53 @@ class LanguageModel:
                 dtype=getattr(torch, spec.dtype),
                 local_files_only=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
+                attn_implementation=ATTENTION,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
-        self._model = model.to(device).eval()
-        self._device = device
+        config = model.config
+        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+            raise ModelUnavailable(
+                f"{spec.id}: some of its layers attend to a window only; this worker runs models "
+                "whose layers all see the whole text"
+            )
+        shape = {
+            "layers": config.num_hidden_layers,
+            "heads": config.num_key_value_heads,
+            "head_size": getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
+        }
+        dtype = getattr(torch, spec.dtype)
+        block_bytes = PagedKV.block_bytes(**shape, dtype=dtype)
+        blocks = kv_bytes // block_bytes
+        if blocks < 1:
+            raise ModelUnavailable(
+                f"{spec.id}: [chat] kv_bytes is {kv_bytes}, and {BLOCK_TOKENS} tokens need "
+                f"{block_bytes}"
+            )
+        kv = PagedKV(**shape, blocks=blocks, dtype=dtype, device=device)
+        self.runner = Runner(model.to(device).eval(), kv)
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=max_running,
+            pass_tokens=max(max_running, PASS_TOKENS[device.type]),
+        )
         self.reader = reader
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that one sequence may have: the model's, or as many as the KV pool holds."""
+        return min(self.reader.context_tokens, self.pool.count * BLOCK_TOKENS)
 
     def describe(self) -> dict[str, Any]:
         return {
-            "context_tokens": self.reader.context_tokens,
+            "context_tokens": self.context_tokens,
+            "kv_tokens": self.pool.count * BLOCK_TOKENS,
             "tokenizer_sha256": self.reader.tokenizer.sha256,
             "template": self.reader.template.name,
             "weights": self.weights,
         }
-
-    @torch.inference_mode()
-    def start(self, prompt_ids: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        """Logits (vocabulary,) after the prompt, and the cache that `step` continues."""
-        ids = torch.tensor([list(prompt_ids)], device=self._device)  # (1, tokens)
-        out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1], out.past_key_values
-
-    @torch.inference_mode()
-    def step(self, token: int, cache: Any) -> tuple[torch.Tensor, Any]:
-        """Logits (vocabulary,) after one more token."""
-        ids = torch.tensor([[token]], device=self._device)  # (1, 1)
-        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1], out.past_key_values
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:

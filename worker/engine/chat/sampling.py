@@ -45,79 +45,141 @@ def uniform(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """Draws the tokens of one request. Engine thread only."""
+    """What the draws of one request depend on. Engine thread only."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]):
-        self._sampling = sampling
-        self._seen = set(prompt_ids)
-        self._sampled: Counter[int] = Counter()
-        self._position = 0
+        self.sampling = sampling
+        self.seen = set(prompt_ids)
+        self.sampled: Counter[int] = Counter()  # tokens of the completion
+        self.position = 0
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """Draw one token and remember it.
-
-        logits: (vocabulary,) of any float type, on any device; not changed.
-        """
-        token = draw(
-            self._penalised(logits.float()),
-            self._sampling,
-            uniform(self._sampling.seed, self._position),
-        )
-        self._seen.add(token)
-        self._sampled[token] += 1
-        self._position += 1
-        return token
-
-    def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
-        """Repetition over prompt and completion, presence and frequency over the completion."""
-        sampling = self._sampling
-        repetition = sampling.repetition_penalty
-        if repetition is not None and repetition != 1.0:
-            seen = torch.tensor(sorted(self._seen), device=logits.device)
-            values = logits[seen]
-            logits = logits.index_copy(
-                0, seen, torch.where(values > 0, values / repetition, values * repetition)
-            )
-        presence = sampling.presence_penalty or 0.0
-        frequency = sampling.frequency_penalty or 0.0
-        if self._sampled and (presence or frequency):
-            tokens = torch.tensor(list(self._sampled), device=logits.device)
-            counts = torch.tensor(
-                list(self._sampled.values()), device=logits.device, dtype=logits.dtype
-            )
-            logits = logits.index_add(0, tokens, -(presence + frequency * counts))
-        return logits
+    def take(self, token: int) -> None:
+        """Remember a token that was drawn."""
+        self.seen.add(token)
+        self.sampled[token] += 1
+        self.position += 1
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, uniform_number: float) -> int:
-    """The token at which the cumulative distribution first exceeds `uniform_number`.
+class NotANumber(WorkerError):
+    """A row of logits that nothing can be drawn from."""
 
-    logits: (vocabulary,) float32, penalties applied. Tokens are ordered by falling probability,
-    equal ones by rising id, after temperature, top_k, top_p and min_p, in this order.
-    """
-    if not math.isfinite(float(logits.max())):
-        # Of a NaN every comparison is false, and some token would come out of it silently.
-        raise WorkerError(
+    def __init__(self) -> None:
+        super().__init__(
             "the model computed values that are no numbers; its weights may be damaged"
         )
-    if sampling.temperature == 0:
-        return int(torch.argmax(logits))
-    ordered, ids = torch.sort(logits, descending=True, stable=True)
+
+
+def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | NotANumber]:
+    """One token for each sampler, remembered by it; an error for a row that has a NaN.
+
+    logits: (samplers, vocabulary) of any float type, on any device; not changed. No row depends
+    on the others.
+    """
+    logits = _penalised(logits.float(), samplers)
+    # Of a NaN every comparison is false, and some token would come out of it silently.
+    good = logits.amax(dim=-1).isfinite()
+    numbers = [
+        uniform(one.sampling.seed, one.position) if one.sampling.temperature else 0.0
+        for one in samplers
+    ]
+    chosen = choose(logits, [one.sampling for one in samplers], numbers)
+    drawn: list[int | NotANumber] = []
+    for sampler, token, fine in zip(samplers, chosen.tolist(), good.tolist(), strict=True):
+        if fine:
+            sampler.take(token)
+        drawn.append(token if fine else NotANumber())
+    return drawn
+
+
+def choose(
+    logits: torch.Tensor, samplings: Sequence[Sampling], uniform_numbers: Sequence[float]
+) -> torch.Tensor:
+    """The token of each row, (rows,).
+
+    logits: (rows, vocabulary) float32, penalties applied. uniform_numbers: in [0, 1), one a row; a
+    temperature of zero takes the likeliest token instead.
+    """
+    chosen = logits.argmax(dim=-1)
+    warm = [row for row, one in enumerate(samplings) if one.temperature > 0]
+    if warm:
+        chosen[warm] = _inverted(
+            logits if len(warm) == len(samplings) else logits[warm],
+            [samplings[row] for row in warm],
+            [uniform_numbers[row] for row in warm],
+        )
+    return chosen
+
+
+def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """Repetition over prompt and completion, presence and frequency over the completion.
+
+    All rows at once; a row without penalties has no place in the lists.
+    """
+    rows: list[int] = []
+    tokens: list[int] = []
+    factors: list[float] = []
+    for row, one in enumerate(samplers):
+        penalty = one.sampling.repetition_penalty
+        if penalty is not None and penalty != 1.0:
+            rows += [row] * len(one.seen)
+            tokens += one.seen
+            factors += [penalty] * len(one.seen)
+    if rows:
+        at = (_at(rows, logits), _at(tokens, logits))
+        values, factor = logits[at], torch.tensor(factors, device=logits.device)
+        changed = torch.where(values > 0, values / factor, values * factor)
+        logits = logits.index_put(at, changed)
+    rows, tokens, minus = [], [], []
+    for row, one in enumerate(samplers):
+        presence = one.sampling.presence_penalty or 0.0
+        frequency = one.sampling.frequency_penalty or 0.0
+        if one.sampled and (presence or frequency):
+            rows += [row] * len(one.sampled)
+            tokens += one.sampled
+            minus += [-(presence + frequency * count) for count in one.sampled.values()]
+    if rows:
+        at = (_at(rows, logits), _at(tokens, logits))
+        values = torch.tensor(minus, device=logits.device)
+        logits = logits.index_put(at, values, accumulate=True)
+    return logits
+
+
+def _at(numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, device=logits.device)
+
+
+def _inverted(
+    logits: torch.Tensor, samplings: Sequence[Sampling], uniform_numbers: Sequence[float]
+) -> torch.Tensor:
+    """The token of each row at which its cumulative distribution first exceeds its number.
+
+    Tokens are ordered by falling probability, equal ones by rising id, after temperature, top_k,
+    top_p and min_p, in this order.
+    """
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
     # The difference to the largest is divided, so that no temperature overflows.
-    scaled = (ordered - ordered[0]).double() / sampling.temperature
-    probabilities = torch.softmax(scaled, dim=0)
-    keep = len(ids)
-    if sampling.top_k is not None and sampling.top_k > 0:
-        keep = min(keep, sampling.top_k)
-    if sampling.top_p < 1.0:
+    scaled = (ordered - ordered[:, :1]).double() / column([s.temperature for s in samplings])
+    probabilities = torch.softmax(scaled, dim=-1)
+    size = logits.shape[-1]
+    place = torch.arange(size, device=logits.device)
+    keep = column([s.top_k if s.top_k and 0 < s.top_k < size else size for s in samplings])
+    kept = torch.where(place < keep, probabilities, 0.0)
+    if any(s.top_p < 1.0 for s in samplings):
         # The smallest set whose mass reaches top_p, of what top_k left, renormalised.
-        kept = probabilities[:keep]
-        before = torch.cumsum(kept, 0) - kept
-        keep = max(1, int((before < sampling.top_p * kept.sum()).sum()))
-    if sampling.min_p is not None and sampling.min_p > 0:
-        floor = sampling.min_p * probabilities[0]
-        keep = max(1, int((probabilities[:keep] >= floor).sum()))
-    cumulative = torch.cumsum(probabilities[:keep], 0)
-    target = uniform_number * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return int(ids[min(index, keep - 1)])
+        top_p = column([s.top_p if s.top_p < 1.0 else math.inf for s in samplings])
+        before = torch.cumsum(kept, -1) - kept
+        enough = (before < top_p * kept.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+        keep = torch.minimum(keep, enough.clamp(min=1))
+    if any(s.min_p for s in samplings):
+        floor = column([s.min_p or 0.0 for s in samplings]) * probabilities[:, :1]
+        likely = ((probabilities >= floor) & (place < keep)).sum(-1, keepdim=True)
+        keep = torch.minimum(keep, likely.clamp(min=1))
+    cumulative = torch.cumsum(torch.where(place < keep, probabilities, 0.0), -1)
+    target = column(uniform_numbers) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    index = torch.minimum(index, keep.long() - 1)
+    return ids.gather(-1, index)[:, 0]

@@ -1,0 +1,388 @@
+"""The chat engine on the demo model: batches, cache and pool sizes must not change a token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from worker.catalog import chat_catalog
+from worker.config import REPOSITORY, load_settings
+from worker.engine.chat.engine import ChatEngine
+from worker.engine.chat.model import LanguageModel
+from worker.engine.host import Report, Ticket
+from worker.protocol.messages import (
+    ChatMessage,
+    Failed,
+    Generate,
+    Generated,
+    LoadModel,
+    Message,
+    ModelChanged,
+    Sampling,
+    Token,
+    UnloadModel,
+)
+from worker.receipt import ids_sha256
+
+MODEL = "demo-chat"
+SYSTEM = (
+    "You are an expert prompt engineer for SDXL. Rewrite the user's prompt as a detailed "
+    "photographic image prompt. Keep every object, colour and number. Answer with the prompt only."
+)
+# Of demo-chat: 4 layers, 2 heads of 48, keys and values, 16 tokens, float32.
+BLOCK_BYTES = 2 * 4 * 2 * 48 * 16 * 4
+TOKENS = 12
+
+
+class Outbox:
+    """Keeps what an engine sends."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[Message]] = {}
+
+    def send(self, ticket: Ticket, message: Message) -> None:
+        self.sent.setdefault(ticket.request_id, []).append(message)
+
+    def publish(self, report: Report) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
+
+
+class Bench:
+    """An engine, and requests to it by name."""
+
+    def __init__(self, state_dir: Path, *, kv_blocks: int = 1024, max_running: int = 16):
+        settings = load_settings("demo", {"VERBATIM_STATE_DIR": str(state_dir)})
+        self.outbox = Outbox()
+        self.now = 0.0
+        self.engine = ChatEngine(
+            chat_catalog(settings),
+            [MODEL],
+            torch.device("cpu"),
+            state_dir,
+            self.outbox,
+            kv_bytes=kv_blocks * BLOCK_BYTES,
+            max_running=max_running,
+            clock=lambda: self.now,
+        )
+        self.engine.step()  # loads the model
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.engine._models.ensure(MODEL)
+
+    def ask(
+        self, name: str, prompt: str, *, stream: bool = False, deadline_s: float = 60.0,
+        **sampling: Any,
+    ) -> Ticket:  # fmt: skip
+        ticket = Ticket(b"peer", name)
+        self.engine.submit(
+            ticket,
+            Generate(
+                request_id=name,
+                model=MODEL,
+                messages=(ChatMessage("system", SYSTEM), ChatMessage("user", prompt)),
+                sampling=Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}),
+                stream=stream,
+                deadline_s=deadline_s,
+            ),
+        )
+        return ticket
+
+    def send(self, message: LoadModel | UnloadModel) -> None:
+        self.engine.submit(Ticket(b"peer", message.request_id), message)
+
+    def run(self) -> dict[str, Message]:
+        """Step until idle; the last message of each request."""
+        while self.engine.step():
+            pass
+        return {name: messages[-1] for name, messages in self.outbox.sent.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """The model is too small for two, and sums over another number of threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+def prompts(count: int) -> list[str]:
+    """Of 1 to 60 words."""
+    chance = random.Random(1)
+    words = "a red blue green tiny cube star horse on the table at night with two boats".split()
+    return [" ".join(chance.choices(words, k=chance.randint(1, 60))) for _ in range(count)]
+
+
+PROMPTS = prompts(200)
+
+
+@pytest.fixture(scope="module")
+def expected(state_dir: Path) -> list[str]:
+    """Hashes of what transformers' own generate continues each prompt with, one at a time."""
+    model = AutoModelForCausalLM.from_pretrained(
+        REPOSITORY / "models" / MODEL, dtype=torch.float32
+    ).eval()
+    reader = Bench(state_dir).model.reader
+    hashes = []
+    for prompt in PROMPTS:
+        messages = (ChatMessage("system", SYSTEM), ChatMessage("user", prompt))
+        _, ids, _ = reader.read(messages, None)
+        with torch.inference_mode():
+            made = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)
+        completion = made[0, len(ids) :].tolist()
+        if completion[-1] in reader.end_ids:
+            completion.pop()
+        hashes.append(ids_sha256(completion))
+    return hashes
+
+
+def hashes(results: dict[str, Message], count: int = len(PROMPTS)) -> list[str]:
+    """Of the completions of requests 0, 1, …"""
+    found = []
+    for index in range(count):
+        result = results[str(index)]
+        assert isinstance(result, Generated), result
+        found.append(result.receipt["completion_ids_sha256"])
+    return found
+
+
+def finished(result: Message) -> Generated:
+    assert isinstance(result, Generated), result
+    return result
+
+
+# --- exactness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 16])
+def test_greedy_tokens_are_those_of_generate_with_a_cold_and_a_warm_cache(
+    at_once: int, state_dir: Path, expected: list[str]
+) -> None:
+    bench = Bench(state_dir, max_running=at_once)
+
+    for cached in (False, True):
+        for index, prompt in enumerate(PROMPTS):
+            bench.ask(str(index), prompt)
+        results = bench.run()
+
+        assert hashes(results) == expected
+        # The first one cannot have found anything, and each later one finds the system prompt.
+        assert (finished(results["0"]).receipt["prompt_tokens_cached"] > 0) == cached
+        assert finished(results["1"]).receipt["prompt_tokens_cached"] >= 32
+
+
+def test_greedy_tokens_are_those_of_generate_in_small_pieces(
+    state_dir: Path, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.engine.chat.model.PASS_TOKENS", {"cpu": 7})
+    bench = Bench(state_dir, max_running=5)
+    for index, prompt in enumerate(PROMPTS[:60]):
+        bench.ask(str(index), prompt)
+
+    assert hashes(bench.run(), 60) == expected[:60]
+
+
+def test_greedy_tokens_are_those_of_generate_when_sequences_are_parked(
+    state_dir: Path, expected: list[str]
+) -> None:
+    bench = Bench(state_dir, kv_blocks=18)
+    for index, prompt in enumerate(PROMPTS[:60]):
+        bench.ask(str(index), prompt)
+    most_parked = 0
+    while bench.engine.step():
+        most_parked = max(most_parked, bench.model.scheduler.parked)
+
+    results = {name: messages[-1] for name, messages in bench.outbox.sent.items()}
+    assert hashes(results, 60) == expected[:60]
+    assert most_parked > 0
+
+
+def test_greedy_tokens_are_those_of_generate_while_the_pool_shrinks_and_grows(
+    state_dir: Path, expected: list[str]
+) -> None:
+    bench = Bench(state_dir, kv_blocks=400)
+    for index, prompt in enumerate(PROMPTS[:60]):
+        bench.ask(str(index), prompt)
+    sizes = iter([40, 16, 16, 100, 17, 400, 30, 500])
+    steps, parked = 0, 0
+    while bench.engine.step():
+        steps += 1
+        if steps % 9 == 0:
+            size = next(sizes, 100)
+            bench.model.runner.resize(bench.model.scheduler, bench.model.pool, size)
+            parked += bench.model.scheduler.parked
+
+    results = {name: messages[-1] for name, messages in bench.outbox.sent.items()}
+    assert hashes(results, 60) == expected[:60]
+    assert parked > 0
+
+
+def test_draws_do_not_depend_on_who_else_is_served(state_dir: Path) -> None:
+    options = [
+        {"temperature": 1.0, "top_p": 1.0},
+        {"temperature": 0.7, "top_k": 20},
+        {"temperature": 1.5, "min_p": 0.05, "repetition_penalty": 1.2},
+        {"temperature": 0.9, "presence_penalty": 0.6, "frequency_penalty": 0.4},
+    ]
+    alone, together = Bench(state_dir), Bench(state_dir)
+    for index, prompt in enumerate(PROMPTS[:40]):
+        alone.ask(str(index), prompt, seed=index, **options[index % 4])
+        alone.run()
+        together.ask(str(index), prompt, seed=index, **options[index % 4])
+
+    assert hashes(together.run(), 40) == hashes(alone.run(), 40)
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def test_streamed_texts_are_together_the_text_and_others_get_none(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    bench.ask("plain", PROMPTS[0], max_tokens=40)
+    bench.ask("streamed", PROMPTS[0], max_tokens=40, stream=True)
+    bench.run()
+
+    [plain], (*tokens, last) = bench.outbox.sent["plain"], bench.outbox.sent["streamed"]
+    assert all(isinstance(one, Token) for one in tokens)
+    text = "".join(one.text for one in tokens if isinstance(one, Token))
+    assert text == finished(plain).text == finished(last).text
+    assert len(tokens) > 5
+
+
+def test_a_cancelled_request_is_gone_before_the_next_step(state_dir: Path) -> None:
+    bench = Bench(state_dir, max_running=1)
+    running = bench.ask("running", PROMPTS[0], max_tokens=500)
+    waiting = bench.ask("waiting", PROMPTS[1])
+    for _ in range(3):
+        bench.engine.step()
+
+    bench.engine.cancel(waiting)
+    bench.engine.cancel(running)
+
+    assert bench.model.pool.used == 0
+    for name in ("running", "waiting"):
+        failure = bench.outbox.sent[name][-1]
+        assert isinstance(failure, Failed)
+        assert failure.code == "cancelled"
+    assert not bench.engine.step()
+
+
+def test_a_deadline_ends_a_request_and_no_other(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    bench.ask("late", PROMPTS[0], deadline_s=5, max_tokens=500)
+    bench.ask("fine", PROMPTS[1], deadline_s=50)
+    bench.engine.step()
+
+    bench.now = 6.0
+    results = bench.run()
+
+    assert isinstance(results["late"], Failed)
+    assert results["late"].code == "deadline_exceeded"
+    assert finished(results["fine"]).completion_tokens == TOKENS
+
+
+def test_a_pass_that_fails_is_repeated_piece_by_piece_and_one_that_fails_alone_fails_alone(
+    state_dir: Path, expected: list[str]
+) -> None:
+    bench = Bench(state_dir)
+    for index, prompt in enumerate(PROMPTS[:8]):
+        bench.ask(str(index), prompt)
+    while not bench.engine.report().active == 8:
+        bench.engine.step()
+    run = bench.model.runner.run
+    broken = bench.engine._requests[Ticket(b"peer", "3")].sequence
+    calls: list[int] = []
+
+    def failing(pieces: Sequence[Any]) -> torch.Tensor:
+        calls.append(len(pieces))
+        if any(piece.sequence is broken for piece in pieces):
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return run(pieces)
+
+    bench.model.runner.run = failing  # type: ignore[method-assign]
+    results = bench.run()
+
+    assert isinstance(results["3"], Failed)
+    assert results["3"].code == "out_of_device_memory"
+    others = [index for index in range(8) if index != 3]
+    assert [finished(results[str(index)]).receipt["completion_ids_sha256"] for index in others] == [
+        expected[index] for index in others
+    ]
+    assert calls[: calls[0] + 1] == [calls[0]] + [1] * calls[0]
+    counters = bench.engine.report().counters
+    assert counters is not None
+    assert counters["passes_retried"] == 1
+
+
+def test_a_model_is_unloaded_after_what_came_before_and_loaded_for_what_comes_after(
+    state_dir: Path,
+) -> None:
+    bench = Bench(state_dir)
+    bench.ask("before", PROMPTS[0])
+    bench.engine.step()
+    bench.send(UnloadModel(request_id="unload", model=MODEL))
+    bench.ask("after", PROMPTS[0])
+    results = bench.run()
+
+    assert list(bench.outbox.sent) == ["before", "unload", "after"]
+    assert isinstance(results["unload"], ModelChanged)
+    assert results["unload"].changed
+    assert finished(results["after"]).text == finished(results["before"]).text
+    assert finished(results["after"]).receipt["prompt_tokens_cached"] == 0
+
+
+def test_a_prompt_longer_than_the_pool_is_refused_with_both_counts(state_dir: Path) -> None:
+    bench = Bench(state_dir, kv_blocks=3)
+    bench.ask("long", PROMPTS[0])
+
+    failure = bench.run()["long"]
+
+    assert isinstance(failure, Failed)
+    assert failure.code == "context_overflow"
+    assert "holds 48" in failure.error
+
+
+def test_what_is_asked_ends_where_the_pool_ends(state_dir: Path) -> None:
+    bench = Bench(state_dir, kv_blocks=6)
+    bench.ask("one", "a cat", max_tokens=500, temperature=2.0, top_p=1.0, seed=3)
+
+    result = finished(bench.run()["one"])
+
+    if result.finish_reason == "length":
+        assert result.prompt_tokens + result.completion_tokens == 96
+
+
+def test_reports_count_running_and_waiting(state_dir: Path) -> None:
+    bench = Bench(state_dir, max_running=2)
+    for index in range(5):
+        bench.ask(str(index), PROMPTS[index])
+    bench.engine.step()
+
+    report = bench.engine.report()
+
+    assert (report.active, report.waiting) == (2, 3) or (report.active, report.waiting) == (1, 4)
+    bench.run()
+    assert (bench.engine.report().active, bench.engine.report().waiting) == (0, 0)
+
+
+def test_every_step_of_a_busy_engine_says_that_there_is_more(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    stepping: Callable[[], bool] = bench.engine.step
+    assert not stepping()
+    bench.ask("one", PROMPTS[0])
+    assert stepping()
