@@ -204,7 +204,7 @@ def test_a_sampling_parameter_arrives_exactly(
 def test_null_is_the_same_as_absent(chat: ChatPort) -> None:
     keys = (
         "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
-        "frequency_penalty stop model stream sfw_mode deadline_s"
+        "frequency_penalty stop model stream sfw_mode deadline_s deterministic"
     ).split()
     chat.client.post("/chat", json=ASK | {"seed": 1})
     chat.client.post("/chat", json=ASK | {"seed": 1} | dict.fromkeys(keys))
@@ -329,6 +329,34 @@ def test_roleplay_is_served_with_its_flag_echoed_and_its_text_untouched(chat: Ch
     assert body["model_info"]["sfw_mode"] is True
     assert body["receipt"]["ignored"] == []
     assert sent(chat).sampling.max_tokens == 250
+
+
+@pytest.mark.parametrize(
+    ("profile", "body", "expected"),
+    [
+        (False, {}, False),
+        (False, {"deterministic": True}, True),
+        (True, {}, True),
+        (True, {"deterministic": None}, True),
+        (True, {"deterministic": False}, False),
+    ],
+)
+def test_the_lane_is_that_of_the_request_and_else_of_the_profile(
+    make_chat: Callable[..., ChatPort], profile: bool, body: dict[str, Any], expected: bool
+) -> None:
+    port = make_chat(chat={"deterministic": profile})
+
+    port.client.post("/chat", json=ASK | body)
+
+    assert sent(port).deterministic is expected
+
+
+@pytest.mark.parametrize("value", ["true", 1, []])
+def test_a_lane_that_is_no_boolean_is_refused(chat: ChatPort, value: Any) -> None:
+    answer = chat.client.post("/chat", json=ASK | {"deterministic": value})
+
+    assert answer.status_code == 400
+    assert answer.get_json()["error"] == "deterministic must be true or false"
 
 
 def test_sfw_mode_changes_nothing_that_the_engine_is_sent(chat: ChatPort) -> None:

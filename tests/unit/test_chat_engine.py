@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from worker.catalog import chat_catalog
 from worker.config import REPOSITORY, load_settings
+from worker.engine.chat.attention import MIN_COMMON_BLOCKS
 from worker.engine.chat.engine import ChatEngine
 from worker.engine.chat.model import LanguageModel
 from worker.engine.host import Report, Ticket
@@ -33,8 +34,11 @@ from worker.receipt import ids_sha256
 MODEL = "demo-chat"
 SYSTEM = (
     "You are an expert prompt engineer for SDXL. Rewrite the user's prompt as a detailed "
-    "photographic image prompt. Keep every object, colour and number. Answer with the prompt only."
-)
+    "photographic image prompt. Keep every object, colour and number. Answer with the prompt only. "
+    "Do not change the subject. Do not add new objects. Mention camera, lens and lighting. Write "
+    "one paragraph. Do not use quotation marks. Preserve the meaning of the original. Use commas "
+    "between the details. Be vivid and concrete. Never contradict the user. Write in English."
+)  # long enough that its blocks are attended to once for all rows
 # Of demo-chat: 4 layers, 2 heads of 48, keys and values, 16 tokens, float32.
 BLOCK_BYTES = 2 * 4 * 2 * 48 * 16 * 4
 TOKENS = 12
@@ -80,8 +84,8 @@ class Bench:
         return self.engine._models.ensure(MODEL)
 
     def ask(
-        self, name: str, prompt: str, *, stream: bool = False, deadline_s: float = 60.0,
-        **sampling: Any,
+        self, name: str, prompt: str, *, stream: bool = False, deterministic: bool = False,
+        deadline_s: float = 60.0, **sampling: Any,
     ) -> Ticket:  # fmt: skip
         ticket = Ticket(b"peer", name)
         self.engine.submit(
@@ -92,6 +96,7 @@ class Bench:
                 messages=(ChatMessage("system", SYSTEM), ChatMessage("user", prompt)),
                 sampling=Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}),
                 stream=stream,
+                deterministic=deterministic,
                 deadline_s=deadline_s,
             ),
         )
@@ -183,7 +188,7 @@ def test_greedy_tokens_are_those_of_generate_with_a_cold_and_a_warm_cache(
         assert hashes(results) == expected
         # The first one cannot have found anything, and each later one finds the system prompt.
         assert (finished(results["0"]).receipt["prompt_tokens_cached"] > 0) == cached
-        assert finished(results["1"]).receipt["prompt_tokens_cached"] >= 32
+        assert finished(results["1"]).receipt["prompt_tokens_cached"] >= 16 * MIN_COMMON_BLOCKS
 
 
 def test_greedy_tokens_are_those_of_generate_in_small_pieces(
@@ -248,6 +253,77 @@ def test_draws_do_not_depend_on_who_else_is_served(state_dir: Path) -> None:
     assert hashes(together.run(), 40) == hashes(alone.run(), 40)
 
 
+# --- the deterministic lane ----------------------------------------------------------------------
+
+INTERLEAVINGS, EACH = 20, 50
+
+
+def recorded(bench: Bench) -> dict[tuple[int, ...], bytes]:
+    """Text of a deterministic sequence -> the bits of the logits after it; two may not differ."""
+    seen: dict[tuple[int, ...], bytes] = {}
+    run = bench.model.runner.run
+
+    def recording(pieces: Sequence[Any]) -> list[torch.Tensor]:
+        rows = run(pieces)
+        sampled = [piece for piece in pieces if piece.samples]
+        for piece, row in zip(sampled, rows, strict=True):
+            if piece.sequence.deterministic:
+                text = tuple(piece.sequence.ids)
+                assert seen.setdefault(text, row.numpy().tobytes()) == row.numpy().tobytes()
+        return rows
+
+    bench.model.runner.run = recording  # type: ignore[method-assign]
+    return seen
+
+
+def test_the_deterministic_lane_gives_the_same_bits_in_every_interleaving(state_dir: Path) -> None:
+    asked = PROMPTS[:EACH]
+    options = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0}]
+    alone = Bench(state_dir)
+    bits = recorded(alone)
+    for index, prompt in enumerate(asked):
+        alone.model.pool.drop_cached()
+        alone.ask(str(index), prompt, deterministic=True, max_tokens=6, **options[index % 2])
+        expected = alone.run()
+
+    different = 0
+    for number in range(INTERLEAVINGS):
+        chance = random.Random(number)
+        bench = Bench(state_dir, kv_blocks=chance.choice((30, 60, 400)))
+        others = recorded(bench)
+        waiting = [*range(EACH), *[-1] * 20]
+        chance.shuffle(waiting)
+        while waiting or bench.engine.step():
+            for _ in range(chance.randint(0, 8)):
+                if waiting and (index := waiting.pop()) >= 0:
+                    bench.ask(
+                        str(index), asked[index], deterministic=True, max_tokens=6,
+                        **options[index % 2],
+                    )  # fmt: skip
+                elif waiting:  # one of the other lane in between
+                    bench.ask(f"other {len(waiting)}", chance.choice(PROMPTS), max_tokens=4)
+            bench.engine.step()
+            if chance.random() < 0.02:
+                bench.model.pool.drop_cached()
+        results = {name: messages[-1] for name, messages in bench.outbox.sent.items()}
+        different += hashes(results, EACH) != hashes(expected, EACH)
+        assert others == bits
+
+    assert different == 0
+    result = finished(results["0"])
+    assert result.receipt["exactness"] == "bit"
+
+
+def test_greedy_tokens_of_the_deterministic_lane_are_those_of_generate(
+    state_dir: Path, expected: list[str]
+) -> None:
+    bench = Bench(state_dir)
+    for index, prompt in enumerate(PROMPTS[:60]):
+        bench.ask(str(index), prompt, deterministic=True)
+
+    assert hashes(bench.run(), 60) == expected[:60]
+
+
 # --- requests ------------------------------------------------------------------------------------
 
 
@@ -308,7 +384,7 @@ def test_a_pass_that_fails_is_repeated_piece_by_piece_and_one_that_fails_alone_f
     broken = bench.engine._requests[Ticket(b"peer", "3")].sequence
     calls: list[int] = []
 
-    def failing(pieces: Sequence[Any]) -> torch.Tensor:
+    def failing(pieces: Sequence[Any]) -> list[torch.Tensor]:
         calls.append(len(pieces))
         if any(piece.sequence is broken for piece in pieces):
             raise torch.OutOfMemoryError("tried to allocate more than there is")
@@ -358,13 +434,13 @@ def test_a_prompt_longer_than_the_pool_is_refused_with_both_counts(state_dir: Pa
 
 
 def test_what_is_asked_ends_where_the_pool_ends(state_dir: Path) -> None:
-    bench = Bench(state_dir, kv_blocks=6)
-    bench.ask("one", "a cat", max_tokens=500, temperature=2.0, top_p=1.0, seed=3)
+    bench = Bench(state_dir, kv_blocks=8)
+    bench.ask("one", "a cat", max_tokens=500)
 
     result = finished(bench.run()["one"])
 
-    if result.finish_reason == "length":
-        assert result.prompt_tokens + result.completion_tokens == 96
+    assert result.finish_reason == "length"
+    assert result.prompt_tokens + result.completion_tokens == 8 * 16
 
 
 def test_reports_count_running_and_waiting(state_dir: Path) -> None:

@@ -12,9 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool, block_names, blocks_for
-from worker.engine.chat.scheduler import Plan, Scheduler, TokenSequence
+from worker.engine.chat.scheduler import CHUNK_BLOCKS, Plan, Scheduler, TokenSequence
 
 MAX_RUNNING, PASS_TOKENS = 4, 40
+CHUNK = CHUNK_BLOCKS * BLOCK_TOKENS
+
+# Of which lane keys and values are, whether of a token that was drawn, and all text up to them.
+Text = tuple[bytes, bool, tuple[int, ...]]
+
+
+def text_of(sequence: TokenSequence, at: int) -> Text:
+    """What the slot of token `at` must hold.
+
+    In the plain lane it does not matter how a token came; in the other it has other bits.
+    """
+    drawn = sequence.deterministic and at >= sequence.prompt_tokens
+    return sequence.kind, drawn, tuple(sequence.ids[: at + 1])
 
 
 class Card:
@@ -23,14 +36,14 @@ class Card:
     def __init__(self, blocks: int):
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, max_running=MAX_RUNNING, pass_tokens=PASS_TOKENS)
-        self.slots: dict[int, tuple[int, ...]] = {}
-        self.host: dict[int, list[tuple[int, ...] | None]] = {}
+        self.slots: dict[int, Text] = {}
+        self.host: dict[int, list[Text | None]] = {}
         self.alive: list[TokenSequence] = []
         self.done: list[TokenSequence] = []
         self.chance = random.Random(3)
 
-    def add(self, ids: list[int], limit: int) -> None:
-        sequence = TokenSequence(ids, limit)
+    def add(self, ids: list[int], limit: int, *, deterministic: bool = False) -> None:
+        sequence = TokenSequence(ids, limit, deterministic=deterministic)
         if sequence.most_blocks > self.pool.count:
             return
         self.alive.append(sequence)
@@ -45,15 +58,18 @@ class Card:
             tokens += piece.end - piece.begin
             assert piece.begin == sequence.computed
             for at in range(piece.begin, piece.end):
-                self.slots[self._slot(sequence, at)] = tuple(sequence.ids[: at + 1])
-        assert tokens <= PASS_TOKENS
+                self.slots[self._slot(sequence, at)] = text_of(sequence, at)
+            if sequence.deterministic and not sequence.decoding:
+                assert piece.begin % CHUNK == 0
+                assert piece.end == min(piece.begin + CHUNK, sequence.prompt_tokens)
+        assert tokens <= max(PASS_TOKENS, CHUNK) + MAX_RUNNING
         assert len(plan.pieces) <= MAX_RUNNING
         order = [piece.sequence.decoding for piece in plan.pieces]
         assert order == sorted(order, reverse=True), "decoding pieces come first"
         for piece in plan.pieces:
             sequence = piece.sequence
             seen = [self.slots[self._slot(sequence, at)] for at in range(piece.end)]
-            assert seen == [tuple(sequence.ids[: at + 1]) for at in range(piece.end)]
+            assert seen == [text_of(sequence, at) for at in range(piece.end)]
         for piece in plan.pieces:
             self.scheduler.computed(piece)
             if piece.samples:
@@ -105,14 +121,15 @@ class Card:
 
 
 # Few different tokens and lengths around a block's, so that prompts often begin alike.
-PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=70) | st.integers(1, 70).map(
+PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=150) | st.integers(1, 150).map(
     lambda length: [0] * length
 )
 ADD = st.tuples(st.just("add"), PROMPT, st.integers(1, 40))
+ADD_FIXED = st.tuples(st.just("add deterministic"), PROMPT, st.integers(1, 40))
 STEP = st.tuples(st.just("step"), st.none(), st.integers(1, 12))
 CANCEL = st.tuples(st.just("cancel"), st.none(), st.integers(0, 20))
 RESIZE = st.tuples(st.just("resize"), st.none(), st.integers(1, 24))
-ACTIONS = st.lists(ADD | STEP | STEP | CANCEL | RESIZE, max_size=40)
+ACTIONS = st.lists(ADD | ADD_FIXED | STEP | STEP | CANCEL | RESIZE, max_size=40)
 
 
 @settings(max_examples=400, deadline=None)
@@ -122,9 +139,8 @@ def test_no_block_is_lost_or_shared_wrongly_and_every_sequence_ends(
 ) -> None:
     card = Card(blocks)
     for action, ids, number in actions:
-        if action == "add":
-            assert ids is not None
-            card.add(ids, number)
+        if ids is not None:
+            card.add(ids, number, deterministic=action == "add deterministic")
         elif action == "step":
             for _ in range(number):
                 card.step()
@@ -163,6 +179,19 @@ def test_a_prompt_that_was_computed_is_found_and_only_its_rest_computed() -> Non
     assert [(piece.begin, piece.end) for piece in plan.pieces] == [(48, 51)]
 
 
+def test_a_deterministic_prompt_shares_whole_chunks_of_its_own_lane() -> None:
+    card = Card(40)
+    card.add([1] * 150, 1)
+    run_out(card)
+    found = []
+    for _ in range(2):
+        card.add([1] * 150, 1, deterministic=True)
+        run_out(card)
+        found.append(card.done[-1].cached)
+
+    assert found == [0, 2 * CHUNK]
+
+
 def test_the_last_token_of_a_prompt_is_computed_though_its_block_is_known() -> None:
     card = Card(20)
     for _ in range(2):
@@ -193,7 +222,7 @@ def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
     plans = [card.step() for _ in range(5)]
 
     assert [plan.pieces[0].sequence.decoding for plan in plans] == [True] * 5
-    assert [plan.pieces[1].end - plan.pieces[1].begin for plan in plans] == [39] * 5
+    assert [plan.pieces[1].end - plan.pieces[1].begin for plan in plans] == [40] * 5
 
 
 def test_when_blocks_run_out_the_one_that_came_last_is_parked_and_loses_nothing() -> None:

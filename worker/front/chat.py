@@ -76,7 +76,7 @@ _COMPLETION_KEYS = {
     "seed",
     "deadline_s",
 }
-KNOWN_KEYS = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode"}
+KNOWN_KEYS = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode", "deterministic"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +88,7 @@ class ChatRequest:
     model: ModelSpec
     sampling: Sampling
     stream: bool = False
+    deterministic: bool = False
     sfw_mode: bool = False
     deadline_s: float
     ignored: tuple[str, ...] = ()
@@ -117,6 +118,7 @@ class ChatParser:
             model=self._model(body.get("model")),
             sampling=_sampling(body, max_tokens),
             stream=stream,
+            deterministic=self._deterministic(body),
             sfw_mode=_flag(body, "sfw_mode"),
             deadline_s=self._deadline(body, stream),
             ignored=tuple(ignored),
@@ -150,6 +152,7 @@ class ChatParser:
             prompt=inputs,
             model=self._model(name) if name is not None else self._completion_model(),
             sampling=_sampling(mapped, 150),
+            deterministic=self._chat.deterministic,
             deadline_s=self._deadline(mapped, stream=False),
             ignored=tuple(sorted(ignored)),
         )
@@ -199,6 +202,11 @@ class ChatParser:
         named = [spec for spec in self._catalog.specs if is_base(spec)]
         return named[0] if named else self._catalog.default("chat")
 
+    def _deterministic(self, body: dict[str, Any]) -> bool:
+        if body.get("deterministic") is None:
+            return self._chat.deterministic
+        return _flag(body, "deterministic")
+
     def _deadline(self, body: dict[str, Any], stream: bool) -> float:
         most = self._chat.stream_deadline_s if stream else self._chat.deadline_s
         deadline_s = real_number("deadline_s", body.get("deadline_s"), most)
@@ -226,6 +234,7 @@ class ChatService:
             prompt=parsed.prompt,
             sampling=parsed.sampling,
             stream=parsed.stream,
+            deterministic=parsed.deterministic,
             deadline_s=parsed.deadline_s,
         )
         try:

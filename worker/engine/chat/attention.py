@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from worker.engine.chat.cache import BLOCK_TOKENS, blocks_for
 from worker.engine.chat.scheduler import Piece
 
 NAME = "verbatim_paged"
+SHAPE_BLOCKS = 16  # of the deterministic lane: rows are padded to a multiple of so many
+MIN_COMMON_BLOCKS = 4  # with fewer, a second attention costs more than it saves
 
 
 class PagedKV:
@@ -79,17 +82,39 @@ class _Prompt:
     mask: torch.Tensor | None  # (tokens, length) of bool; None: the sequence begins here
 
 
-class PagedPass:
-    """Where each token of one pass writes and what it reads. Decoding tokens come first."""
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """Decoding rows of a pass that attend in one call."""
 
-    def __init__(self, kv: PagedKV, pieces: Sequence[Piece]):
-        """pieces: with all decoding ones at the beginning."""
+    begin: int
+    end: int
+    common: torch.Tensor  # (blocks,): at the beginning of all of them
+    table: torch.Tensor  # (rows x blocks,): all others, padded
+    mask: torch.Tensor  # (rows, 1, 1, tokens of a row of `table`): 0, or the least number
+
+
+class PagedPass:
+    """Where each token of one pass writes and what it reads.
+
+    Built anew for each pass; the model's forward carries it to every layer.
+    """
+
+    def __init__(self, kv: PagedKV, pieces: Sequence[Piece], *, fixed_rows: int | None = None):
+        """pieces: with all decoding ones at the beginning.
+
+        fixed_rows: the pass has decoding pieces only, and is padded to that many; each one attends
+        in a shape that depends on its own length alone. None: as fast as it goes.
+        """
         device, dtype = kv.keys[0].device, kv.keys[0].dtype
         self._kv = kv
+        if fixed_rows:
+            pieces = sorted(pieces, key=_blocks_in_shape)
+        self.order = tuple(piece for piece in pieces if piece.samples)  # of the rows of logits
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        self.prompts: list[_Prompt] = []
+        sampled: list[int] = []
+        self._prompts: list[_Prompt] = []
         decoding = [piece for piece in pieces if piece.sequence.decoding]
         for piece in pieces:
             blocks, begin = piece.sequence.blocks, len(ids)
@@ -99,6 +124,8 @@ class PagedPass:
                 blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
                 for at in range(piece.begin, piece.end)
             )
+            if piece.samples:
+                sampled.append(len(ids) - 1)
             if not piece.sequence.decoding:
                 table = torch.tensor(blocks[: blocks_for(piece.end)], device=device)
                 count = piece.end - piece.begin
@@ -106,33 +133,44 @@ class PagedPass:
                 if piece.begin:
                     mask = torch.ones(count, piece.end, dtype=torch.bool, device=device)
                     mask = mask.tril(diagonal=piece.begin)
-                self.prompts.append(_Prompt(begin, len(ids), table, piece.end, mask))
-        self.ids = torch.tensor([ids], device=device)  # (1, tokens)
-        self.positions = torch.tensor([positions], device=device)
-        self._slots = torch.tensor(slots, device=device)
-        ends = torch.tensor([len(piece.sequence.ids) for piece in decoding], device=device)
-        self.decoding = len(decoding)
-        if decoding:
-            most = max(len(piece.sequence.blocks) for piece in decoding)
-            rows = [
-                piece.sequence.blocks + [0] * (most - len(piece.sequence.blocks))
-                for piece in decoding
-            ]
-            self._table = torch.tensor(rows, device=device).flatten()
-            at = torch.arange(most * BLOCK_TOKENS, device=device)
-            hidden = torch.zeros(len(decoding), 1, 1, len(at), dtype=dtype, device=device)
-            self._mask = hidden.masked_fill_(
-                (at >= ends[:, None])[:, None, None], torch.finfo(dtype).min
+                self._prompts.append(_Prompt(begin, len(ids), table, piece.end, mask))
+        padding = [0] * (fixed_rows - len(ids) if fixed_rows else 0)
+        self.ids = torch.tensor([ids + padding], device=device)  # (1, tokens)
+        self.positions = torch.tensor([positions + padding], device=device)
+        self._slots = torch.tensor(slots, device=device)  # (tokens without padding,)
+        # Places of the logits that are needed; of a padded pass all, so that their number is fixed.
+        kept = range(fixed_rows) if fixed_rows else sampled
+        self.kept = torch.tensor(list(kept), dtype=torch.long, device=device)
+        self._decoding: list[_Decoding] = []
+        if fixed_rows:
+            for blocks_in_shape, group in groupby(decoding, key=_blocks_in_shape):
+                self._add_decoding(list(group), blocks_in_shape, 0, dtype, device)
+        elif decoding:
+            tables = [piece.sequence.blocks for piece in decoding]
+            common = _common_beginning(tables) if device.type == "cpu" else 0
+            self._add_decoding(decoding, max(map(len, tables)), common, dtype, device)
+
+    def _add_decoding(
+        self, pieces: list[Piece], blocks: int, common: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """blocks: that each row is padded to. common: blocks that all have."""
+        tables = [piece.sequence.blocks for piece in pieces]
+        rows = [table[common:] + [0] * (blocks - len(table)) for table in tables]
+        ends = torch.tensor([piece.end for piece in pieces], device=device)
+        at = torch.arange(common * BLOCK_TOKENS, blocks * BLOCK_TOKENS, device=device)
+        mask = torch.zeros(len(pieces), 1, 1, len(at), dtype=dtype, device=device)
+        mask.masked_fill_((at >= ends[:, None])[:, None, None], torch.finfo(dtype).min)
+        begin = self._decoding[-1].end if self._decoding else 0
+        self._decoding.append(
+            _Decoding(
+                begin,
+                begin + len(pieces),
+                torch.tensor(tables[0][:common], dtype=torch.long, device=device),
+                torch.tensor(rows, device=device).flatten(),
+                mask,
             )
-        sampled = []
-        at_token = -1
-        for piece in pieces:
-            at_token += piece.end - piece.begin
-            if piece.samples:
-                sampled.append(at_token)
-        self.sampled = torch.tensor(
-            sampled, dtype=torch.long, device=device
-        )  # places of the logits that are needed
+        )
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -140,26 +178,18 @@ class PagedPass:
         """Store keys and values of this pass and attend over all of each sequence's.
 
         query: (1, query heads, tokens, head size); key, value: (1, heads, tokens, head size).
-        Returns (1, tokens, query heads, head size).
+        Returns (1, tokens, query heads, head size), zero for padding.
         """
         keys, values = self._kv.keys[layer], self._kv.values[layer]
         heads, _, _, size = keys.shape
-        keys.view(heads, -1, size).index_copy_(1, self._slots, key[0])
-        values.view(heads, -1, size).index_copy_(1, self._slots, value[0])
-        out = query.new_empty(1, query.shape[2], query.shape[1], size)
-        if self.decoding:
-            rows = self.decoding
-            # The query heads that share a key head are rows of one small matrix.
-            grouped = query[0, :, :rows].view(heads, -1, rows, size).permute(2, 0, 1, 3)
-            attended = scaled_dot_product_attention(
-                grouped,
-                _rows_of(keys, self._table, rows),
-                _rows_of(values, self._table, rows),
-                attn_mask=self._mask,
-                scale=scale,
-            )  # (rows, heads, query heads / heads, head size)
-            out[0, :rows] = attended.reshape(rows, -1, size)
-        for one in self.prompts:
+        real = len(self._slots)
+        keys.view(heads, -1, size).index_copy_(1, self._slots, key[0, :, :real])
+        values.view(heads, -1, size).index_copy_(1, self._slots, value[0, :, :real])
+        out = query.new_zeros(1, query.shape[2], query.shape[1], size)
+        for rows in self._decoding:
+            part = query[0, :, rows.begin : rows.end]
+            out[0, rows.begin : rows.end] = _attend_decoding(rows, part, keys, values, scale)
+        for one in self._prompts:
             attended = scaled_dot_product_attention(
                 query[:, :, one.begin : one.end],
                 keys.index_select(1, one.table).view(1, heads, -1, size)[:, :, : one.length],
@@ -171,6 +201,57 @@ class PagedPass:
             )
             out[:, one.begin : one.end] = attended.transpose(1, 2)
         return out
+
+
+def _blocks_in_shape(piece: Piece) -> int:
+    """Blocks of a decoding piece, rounded up so that few shapes occur."""
+    return -(-len(piece.sequence.blocks) // SHAPE_BLOCKS) * SHAPE_BLOCKS
+
+
+def _attend_decoding(
+    rows: _Decoding, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """query: (query heads, rows, head size). Returns (rows, query heads, head size)."""
+    heads, _, _, size = keys.shape
+    count = query.shape[1]
+    # The query heads that share a key head are rows of one small matrix.
+    grouped = query.view(heads, -1, count, size).permute(2, 0, 1, 3)
+    own = (grouped, _rows_of(keys, rows.table, count), _rows_of(values, rows.table, count))
+    if not len(rows.common):
+        out = scaled_dot_product_attention(*own, attn_mask=rows.mask, scale=scale)
+        return out.reshape(count, -1, size)
+    # What all rows have in common is read once for all of them; the two parts are put together
+    # by the sums of their exponentials.
+    together = query.reshape(1, heads, -1, size)  # (1, heads, query heads / heads x rows, size)
+    first, first_sums = _attention_and_sums(
+        together, _rows_of(keys, rows.common, 1), _rows_of(values, rows.common, 1), scale
+    )
+    second, second_sums = _attention_and_sums(*own, scale, rows.mask)
+    first = first.view(heads, -1, count, size).permute(2, 0, 1, 3)
+    first_sums = first_sums.view(heads, -1, count).permute(2, 0, 1)
+    share = torch.sigmoid(first_sums - second_sums)[..., None].to(second.dtype)
+    return second.lerp(first, share).reshape(count, -1, size)
+
+
+def _common_beginning(tables: Sequence[Sequence[int]]) -> int:
+    """Blocks at the beginning that all tables share; 0 where it is not worth two attentions."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*tables, strict=False))
+    common = sum(1 for _ in alike)
+    return common if len(tables) > 1 and common >= MIN_COMMON_BLOCKS else 0
+
+
+def _attention_and_sums(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and for each query the logarithm of the sum of its exponentials (float32)."""
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, sums
 
 
 def _rows_of(pool: torch.Tensor, table: torch.Tensor, rows: int) -> torch.Tensor:

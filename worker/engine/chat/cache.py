@@ -15,15 +15,18 @@ from hashlib import blake2b
 BLOCK_TOKENS = 16
 
 
-def block_names(ids: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+def block_names(
+    ids: Sequence[int], known: Sequence[bytes] = (), *, kind: bytes = b""
+) -> list[bytes]:
     """A name for each full block of `ids`: the hash of its tokens and of all before it.
 
-    known: names of the first blocks, computed before. Cryptographic, because a collision would
+    known: names of the first blocks, computed before. kind: blocks of different kinds never have
+    the same name. Cryptographic, because a collision would
     show one user's prompt to another's request.
     """
     names = list(known)
     for begin in range(len(names) * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        before = names[-1] if names else b""
+        before = names[-1] if names else kind
         tokens = array("q", ids[begin : begin + BLOCK_TOKENS]).tobytes()
         names.append(blake2b(before + tokens, digest_size=16).digest())
     return names

@@ -233,7 +233,7 @@ class ChatEngine:
             return None
 
     def _draw(
-        self, model: LanguageModel, pieces: Sequence[Piece], logits: torch.Tensor
+        self, model: LanguageModel, pieces: Sequence[Piece], logits: list[torch.Tensor]
     ) -> list[tuple[Piece, int]]:
         sampled = [piece for piece in pieces if piece.samples]
         for piece in pieces:
@@ -243,7 +243,7 @@ class ChatEngine:
             return []
         samplers = [self._of_sequence[piece.sequence].sampler for piece in sampled]
         drawn = []
-        for piece, token in zip(sampled, draw(logits, samplers), strict=True):
+        for piece, token in zip(sampled, draw(torch.stack(logits), samplers), strict=True):
             if isinstance(token, NotANumber):
                 self._end(self._of_sequence[piece.sequence], token)
             else:

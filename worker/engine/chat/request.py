@@ -34,7 +34,11 @@ class Request:
             raise InvalidRequest("the prompt has no tokens, so there is nothing to continue")
         if room < 1:
             raise ContextTooLong(prompt_tokens=len(prompt_ids), context_tokens=model.context_tokens)
-        self.sequence = TokenSequence(prompt_ids, min(room, message.sampling.max_tokens))
+        self.sequence = TokenSequence(
+            prompt_ids,
+            min(room, message.sampling.max_tokens),
+            deterministic=message.deterministic,
+        )
         self.sampler = Sampler(message.sampling, prompt_ids)
         self.finish_reason: str | None = None
         self.completion_tokens = 0
@@ -119,5 +123,5 @@ class Request:
                 "stop": list(sampling.stop),
             },
             "seed": sampling.seed,
-            "exactness": "close",
+            "exactness": "bit" if message.deterministic else "close",
         }

@@ -11,6 +11,9 @@ from worker.engine.chat.attention import NAME, PagedKV, PagedPass
 from worker.engine.chat.cache import BlockPool
 from worker.engine.chat.scheduler import Piece, Scheduler, TokenSequence
 
+# Rows of every decoding pass of the deterministic lane, so that none depends on how many there are.
+DECODING_ROWS = 16
+
 
 class Runner:
     """A causal language model of transformers over a paged KV pool. Engine thread only."""
@@ -23,21 +26,36 @@ class Runner:
         self._parked: dict[int, torch.Tensor] = {}  # by id() of the sequence
 
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Logits (pieces that sample, vocabulary). Running a piece again gives the same.
+    def run(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """Logits (vocabulary,) of each piece that samples, in their order. Running a piece again
+        gives the same.
 
-        pieces: decoding ones first.
+        Pieces that need not be deterministic are one forward pass. Of the others, decoding ones
+        are passes of DECODING_ROWS rows, and each of a prompt is a pass of its own.
         """
-        paged = PagedPass(self._kv, pieces)
+        plain = [piece for piece in pieces if not piece.sequence.deterministic]
+        decoding = [p for p in pieces if p.sequence.deterministic and p.sequence.decoding]
+        prompts = [p for p in pieces if p.sequence.deterministic and not p.sequence.decoding]
+        found: dict[Piece, torch.Tensor] = {}
+        if plain:
+            plain.sort(key=lambda piece: not piece.sequence.decoding)
+            found |= self._pass(PagedPass(self._kv, plain))
+        for begin in range(0, len(decoding), DECODING_ROWS):
+            rows = decoding[begin : begin + DECODING_ROWS]
+            found |= self._pass(PagedPass(self._kv, rows, fixed_rows=DECODING_ROWS))
+        for piece in prompts:
+            found |= self._pass(PagedPass(self._kv, [piece]))
+        return [found[piece] for piece in pieces if piece.samples]
+
+    def _pass(self, paged: PagedPass) -> dict[Piece, torch.Tensor]:
         out = self._model(
             input_ids=paged.ids,
             position_ids=paged.positions,
             use_cache=False,
-            logits_to_keep=paged.sampled,
+            logits_to_keep=paged.kept,
             paged=paged,
         )
-        logits: torch.Tensor = out.logits[0]
-        return logits
+        return dict(zip(paged.order, out.logits[0], strict=False))  # padding has no piece
 
     @torch.inference_mode()
     def park(self, sequence: TokenSequence, blocks: list[int]) -> None:

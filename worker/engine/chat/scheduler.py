@@ -1,9 +1,11 @@
 """What the next forward pass computes: a pure state machine over sequences and blocks.
 
-Decoding sequences have one token each in every pass; what is left of the pass is filled with
-prompts, in order of arrival, in pieces where they are long. When blocks run out, the sequence
-that came last is parked: its keys and values move to host memory and come back before anything
-new begins. The oldest one always goes on, so everything ends.
+Decoding sequences have one token each in every pass; beside them it takes prompts, in order of
+arrival, in pieces where they are long. A deterministic sequence's pieces depend on its own tokens
+alone, and it shares blocks only where such pieces end.
+
+When blocks run out, the sequence that came last is parked: its keys and values move to host
+memory and come back before anything new begins. The oldest one always goes on, so all end.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from dataclasses import dataclass, field
 
 from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool, block_names, blocks_for
 
+# A deterministic sequence's prompt is computed in chunks of this many blocks, each of them alone.
+CHUNK_BLOCKS = 4
+
 
 class TokenSequence:
     """One request's tokens and the blocks that hold their keys and values."""
 
-    def __init__(self, prompt_ids: list[int], limit: int):
+    def __init__(self, prompt_ids: list[int], limit: int, *, deterministic: bool = False):
         """limit: completion tokens at most; the last one is never computed."""
+        self.deterministic = deterministic
         self.ids = list(prompt_ids)
         self.prompt_tokens = len(prompt_ids)
         self.limit = limit
@@ -29,7 +35,12 @@ class TokenSequence:
         self.names: list[bytes] = []  # of the full blocks that are computed
         # Full blocks of the prompt that may be found computed. The last token never is: the
         # logits after it are needed.
-        self.prompt_names = block_names(prompt_ids[:-1])
+        self.prompt_names = block_names(prompt_ids[:-1], kind=self.kind)
+
+    @property
+    def kind(self) -> bytes:
+        """Keys and values that were computed in other shapes may differ in their last bit."""
+        return b"deterministic" if self.deterministic else b""
 
     @property
     def decoding(self) -> bool:
@@ -71,7 +82,7 @@ class Scheduler:
     """Sequences of one model in the order of arrival. Engine thread only."""
 
     def __init__(self, pool: BlockPool, *, max_running: int, pass_tokens: int):
-        """max_running: sequences in a pass. pass_tokens: tokens in a pass; at least max_running."""
+        """max_running: sequences in a pass. pass_tokens: of prompts in a pass."""
         self.pool = pool
         self._max_running = max_running
         self._pass_tokens = pass_tokens
@@ -111,7 +122,7 @@ class Scheduler:
         plan = Plan()
         self._give_blocks_to_running(plan)
         self._resume(plan)
-        room = self._pass_tokens - len(plan.pieces)
+        room = self._pass_tokens
         for sequence in self._running:
             if not sequence.decoding and room > 0:
                 room -= self._fill(plan, sequence, room)
@@ -123,9 +134,11 @@ class Scheduler:
         """A piece's keys and values are in its blocks: full ones may be shared from now on."""
         sequence = piece.sequence
         sequence.computed = piece.end
-        full = piece.end // BLOCK_TOKENS
+        known = min(piece.end, sequence.prompt_tokens) if sequence.deterministic else piece.end
+        full = known // BLOCK_TOKENS
         if full > len(sequence.names):
-            names = block_names(sequence.ids[: full * BLOCK_TOKENS], sequence.names)
+            ids = sequence.ids[: full * BLOCK_TOKENS]
+            names = block_names(ids, sequence.names, kind=sequence.kind)
             for index in range(len(sequence.names), full):
                 self.pool.name(sequence.blocks[index], names[index])
             sequence.names = names
@@ -193,6 +206,8 @@ class Scheduler:
         }
         if not coming.isdisjoint(names[len(shared) : len(shared) + 1]):
             return False
+        if sequence.deterministic:
+            shared = shared[: len(shared) // CHUNK_BLOCKS * CHUNK_BLOCKS]
         needed = blocks_for(sequence.prompt_tokens) - len(shared)
         uncached = self.pool.available - sum(self.pool.is_cached(block) for block in shared)
         if uncached < needed + len(self._running):
@@ -206,7 +221,15 @@ class Scheduler:
         return True
 
     def _fill(self, plan: Plan, sequence: TokenSequence, room: int) -> int:
-        """As much of a prompt as the pass has room for; returns the number of tokens."""
-        end = min(sequence.computed + room, sequence.prompt_tokens)
+        """As much of a prompt as the pass has room for; returns the number of tokens.
+
+        Of a deterministic sequence it is one chunk, or nothing where a pass has less room left.
+        """
+        chunk = room
+        if sequence.deterministic:
+            chunk = CHUNK_BLOCKS * BLOCK_TOKENS
+            if chunk > room and any(not piece.sequence.decoding for piece in plan.pieces):
+                return 0
+        end = min(sequence.computed + chunk, sequence.prompt_tokens)
         plan.pieces.append(Piece(sequence, sequence.computed, end))
         return end - sequence.computed
