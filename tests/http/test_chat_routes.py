@@ -204,7 +204,7 @@ def test_a_sampling_parameter_arrives_exactly(
 def test_null_is_the_same_as_absent(chat: ChatPort) -> None:
     keys = (
         "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
-        "frequency_penalty stop model stream sfw_mode deadline_s deterministic"
+        "frequency_penalty stop model stream sfw_mode deadline_s deterministic response_format"
     ).split()
     chat.client.post("/chat", json=ASK | {"seed": 1})
     chat.client.post("/chat", json=ASK | {"seed": 1} | dict.fromkeys(keys))
@@ -357,6 +357,53 @@ def test_a_lane_that_is_no_boolean_is_refused(chat: ChatPort, value: Any) -> Non
 
     assert answer.status_code == 400
     assert answer.get_json()["error"] == "deterministic must be true or false"
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, '{"type":"object"}'),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"z": "ü", "a": 1}}},
+            '{"z":"ü","a":1}',
+        ),
+    ],
+)
+def test_a_response_format_arrives_as_its_schema_in_its_own_order(
+    chat: ChatPort, response_format: dict[str, Any], schema: str | None
+) -> None:
+    chat.client.post("/chat", json=ASK | {"response_format": response_format})
+
+    assert sent(chat).schema == schema
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    ["json", [], {}, {"type": "xml"}, {"type": "json_schema"},
+     {"type": "json_schema", "json_schema": {"schema": "{}"}}],
+)  # fmt: skip
+def test_a_response_format_of_another_shape_is_refused(
+    chat: ChatPort, response_format: Any
+) -> None:
+    answer = chat.client.post("/chat", json=ASK | {"response_format": response_format})
+
+    assert answer.status_code == 400
+    assert answer.get_json()["error"].startswith("response_format")
+    assert chat.link.of(Generate) == []
+
+
+def test_an_over_long_schema_is_refused_with_both_lengths(
+    make_chat: Callable[..., ChatPort],
+) -> None:
+    chat = make_chat(limits={"body_bytes": 1 << 20})
+    schema = {"description": "x" * 65_536}
+    response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
+
+    answer = chat.client.post("/chat", json=ASK | {"response_format": response_format})
+
+    assert answer.status_code == 413
+    assert "65554 characters; allowed: at most 65536" in answer.get_json()["error"]
 
 
 def test_sfw_mode_changes_nothing_that_the_engine_is_sent(chat: ChatPort) -> None:

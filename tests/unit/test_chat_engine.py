@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ class Bench:
 
     def ask(
         self, name: str, prompt: str, *, stream: bool = False, deterministic: bool = False,
-        deadline_s: float = 60.0, **sampling: Any,
+        schema: Any = None, deadline_s: float = 60.0, **sampling: Any,
     ) -> Ticket:  # fmt: skip
         ticket = Ticket(b"peer", name)
         self.engine.submit(
@@ -97,6 +98,7 @@ class Bench:
                 sampling=Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}),
                 stream=stream,
                 deterministic=deterministic,
+                schema=None if schema is None else json.dumps(schema),
                 deadline_s=deadline_s,
             ),
         )
@@ -322,6 +324,76 @@ def test_greedy_tokens_of_the_deterministic_lane_are_those_of_generate(
         bench.ask(str(index), prompt, deterministic=True)
 
     assert hashes(bench.run(), 60) == expected[:60]
+
+
+# --- structured output ---------------------------------------------------------------------------
+
+SCENE = {
+    "type": "object",
+    "properties": {
+        "subject": {"type": "string", "maxLength": 12},
+        "colour": {"enum": ["red", "blue", "green"]},
+        "count": {"type": "integer", "minimum": 1, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["soft", "warm"]}, "maxItems": 3},
+    },
+    "required": ["subject", "colour", "count", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_answer_follows_its_schema_and_others_are_as_before(
+    state_dir: Path, expected: list[str], deterministic: bool
+) -> None:
+    bench = Bench(state_dir)
+    for index, prompt in enumerate(PROMPTS[:16]):
+        bench.ask(str(index), prompt)
+        bench.ask(
+            f"json {index}", prompt, schema=SCENE, seed=index, temperature=1.2, top_p=1.0,
+            max_tokens=400, deterministic=deterministic,
+        )  # fmt: skip
+
+    results = bench.run()
+
+    assert hashes(results, 16) == expected[:16]
+    for index in range(16):
+        result = finished(results[f"json {index}"])
+        assert result.finish_reason == "stop"
+        scene = json.loads(result.text)
+        assert list(scene) == ["subject", "colour", "count", "tags"]
+        assert len(scene["subject"]) <= 12
+        assert scene["colour"] in ("red", "blue", "green")
+        assert 1 <= scene["count"] <= 99
+        assert set(scene["tags"]) <= {"soft", "warm"}
+        assert len(scene["tags"]) <= 3
+
+
+def test_any_object_is_json(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    bench.ask("one", "a cat", schema={"type": "object"}, max_tokens=400, seed=4, temperature=0.9)
+
+    result = finished(bench.run()["one"])
+
+    if result.finish_reason == "stop":
+        assert isinstance(json.loads(result.text), dict)
+    else:
+        assert result.text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("schema", [{"type": "strange"}, {"unevaluatedProperties": False}])
+def test_a_schema_that_cannot_be_enforced_is_refused_and_others_go_on(
+    state_dir: Path, schema: dict[str, Any], expected: list[str]
+) -> None:
+    bench = Bench(state_dir)
+    bench.ask("0", PROMPTS[0])
+    bench.ask("bad", PROMPTS[1], schema=schema)
+
+    results = bench.run()
+
+    failure = results["bad"]
+    assert isinstance(failure, Failed)
+    assert (failure.status, failure.code) == (422, "unsupported")
+    assert hashes(results, 1) == expected[:1]
 
 
 # --- requests ------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ LIBRARIES = {
     "torch": ENGINE,
     "transformers": ENGINE,
     "diffusers": ENGINE - {"worker.engine.chat"},
+    "llguidance": {"worker.engine.chat"},
     "tokenizers": {"worker.engine.chat", "worker.engine.media"},
     "av": {"worker.engine.media"},
     "numpy": {"worker.engine.media"},

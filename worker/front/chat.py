@@ -53,6 +53,7 @@ ROLES = ("system", "user", "assistant")
 MAX_TOKENS = 131_072  # more than the longest context of the catalog's models
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_SCHEMA_CHARS = 65_536
 # Seeds that this worker draws fit a signed 32-bit column and JavaScript's numbers, so that any
 # client can send them back. Seeds that arrive may use all 64 bits of the generator's key.
 DRAWN_SEED_BITS = 31
@@ -76,7 +77,15 @@ _COMPLETION_KEYS = {
     "seed",
     "deadline_s",
 }
-KNOWN_KEYS = {*_COMPLETION_KEYS, "messages", "model", "stream", "sfw_mode", "deterministic"}
+KNOWN_KEYS = {
+    *_COMPLETION_KEYS,
+    "messages",
+    "model",
+    "stream",
+    "sfw_mode",
+    "deterministic",
+    "response_format",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,7 @@ class ChatRequest:
     prompt: str | None = None  # the raw-completion dialect: no messages, no template
     model: ModelSpec
     sampling: Sampling
+    schema: str | None = None  # JSON Schema that the answer must follow
     stream: bool = False
     deterministic: bool = False
     sfw_mode: bool = False
@@ -117,6 +127,7 @@ class ChatParser:
             messages=messages,
             model=self._model(body.get("model")),
             sampling=_sampling(body, max_tokens),
+            schema=_schema(body.get("response_format")),
             stream=stream,
             deterministic=self._deterministic(body),
             sfw_mode=_flag(body, "sfw_mode"),
@@ -233,6 +244,7 @@ class ChatService:
             messages=parsed.messages,
             prompt=parsed.prompt,
             sampling=parsed.sampling,
+            schema=parsed.schema,
             stream=parsed.stream,
             deterministic=parsed.deterministic,
             deadline_s=parsed.deadline_s,
@@ -522,6 +534,33 @@ def _sampling(body: dict[str, Any], max_tokens: int) -> Sampling:
         stop=_stops(body.get("stop")),
         seed=within("seed", seed, 0, 2**64 - 1),
     )
+
+
+def _schema(value: Any) -> str | None:
+    """The schema of a response_format, in OpenAI's shapes, as JSON text; None for text.
+
+    Its keys stay in their order: an answer has its properties in it.
+    """
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return '{"type":"object"}'
+    if kind != "json_schema":
+        raise InvalidRequest("response_format.type must be text, json_object or json_schema")
+    given = value.get("json_schema")
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise InvalidRequest("response_format.json_schema.schema must be an object: a JSON Schema")
+    text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise TooLarge(
+            f"the schema has {len(text)} characters; allowed: at most {MAX_SCHEMA_CHARS}"
+        )
+    refuse_lone_surrogates("response_format", text)
+    return text
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -131,6 +131,7 @@ class Generate(Message, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...] = ()
     prompt: str | None = None  # given: `messages` is empty and no template is applied
     sampling: Sampling
+    schema: str | None = None  # JSON Schema, as JSON text, that the answer must follow
     deterministic: bool = False  # same bits whatever else runs; slower
     stream: bool = False  # whether `Token` events are wanted before `Generated`
     deadline_s: float  # from the arrival of this message

@@ -14,6 +14,7 @@ from worker.catalog import ModelSpec
 from worker.engine.chat.attention import NAME as ATTENTION
 from worker.engine.chat.attention import PagedKV, register
 from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool
+from worker.engine.chat.grammar import Grammar, GrammarCompiler
 from worker.engine.chat.runner import Runner
 from worker.engine.chat.scheduler import Scheduler
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
@@ -49,10 +50,20 @@ class PromptReader:
         config: dict[str, Any] = json.loads((spec.path / "config.json").read_bytes())
         self.context_tokens = int(config["max_position_embeddings"])
         self.end_ids = frozenset(_end_ids(spec.path, config) | self._template_end())
+        self._grammar_parts = (spec.path / "tokenizer.json", int(config["vocab_size"]))
+        self._compiler: GrammarCompiler | None = None
 
     def _template_end(self) -> set[int]:
         token_id = self.tokenizer.control_id(self.template.end)
         return set() if token_id is None else {token_id}
+
+    def grammar(self, schema: str) -> Grammar:
+        """A grammar for one answer. Raises Unsupported."""
+        if self._compiler is None:
+            file, vocabulary = self._grammar_parts
+            end_id = min(self._template_end() or self.end_ids)
+            self._compiler = GrammarCompiler(file, vocabulary=vocabulary, end_id=end_id)
+        return self._compiler.compile(schema)
 
     def read(
         self, messages: Sequence[ChatMessage], prompt: str | None

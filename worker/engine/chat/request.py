@@ -22,7 +22,7 @@ class Request:
     """
 
     def __init__(self, ticket: Ticket, message: Generate, model: LanguageModel, arrived: float):
-        """Raises InvalidRequest or ContextTooLong."""
+        """Raises InvalidRequest, ContextTooLong or Unsupported."""
         self.ticket = ticket
         self.message = message
         self.model = model
@@ -39,7 +39,8 @@ class Request:
             min(room, message.sampling.max_tokens),
             deterministic=message.deterministic,
         )
-        self.sampler = Sampler(message.sampling, prompt_ids)
+        grammar = model.reader.grammar(message.schema) if message.schema is not None else None
+        self.sampler = Sampler(message.sampling, prompt_ids, grammar)
         self.finish_reason: str | None = None
         self.completion_tokens = 0
         self.started = 0.0  # of its first pass
@@ -122,6 +123,7 @@ class Request:
                 "frequency_penalty": sampling.frequency_penalty,
                 "stop": list(sampling.stop),
             },
+            "schema_sha256": None if message.schema is None else text_sha256(message.schema),
             "seed": sampling.seed,
             "exactness": "bit" if message.deterministic else "close",
         }

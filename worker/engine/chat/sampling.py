@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from worker.engine.chat.grammar import Grammar
 from worker.errors import WorkerError
 from worker.protocol.messages import Sampling
 
@@ -47,8 +48,11 @@ def uniform(seed: int, position: int) -> float:
 class Sampler:
     """What the draws of one request depend on. Engine thread only."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]):
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], grammar: Grammar | None = None
+    ):
         self.sampling = sampling
+        self.grammar = grammar
         self.seen = set(prompt_ids)
         self.sampled: Counter[int] = Counter()  # tokens of the completion
         self.position = 0
@@ -58,6 +62,8 @@ class Sampler:
         self.seen.add(token)
         self.sampled[token] += 1
         self.position += 1
+        if self.grammar is not None:
+            self.grammar.take(token)
 
 
 class NotANumber(WorkerError):
@@ -75,7 +81,7 @@ def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | NotANu
     logits: (samplers, vocabulary) of any float type, on any device; not changed. No row depends
     on the others.
     """
-    logits = _penalised(logits.float(), samplers)
+    logits = _allowed(_penalised(logits.float(), samplers), samplers)
     # Of a NaN every comparison is false, and some token would come out of it silently.
     good = logits.amax(dim=-1).isfinite()
     numbers = [
@@ -142,6 +148,19 @@ def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tenso
         values = torch.tensor(minus, device=logits.device)
         logits = logits.index_put(at, values, accumulate=True)
     return logits
+
+
+def _allowed(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """What the grammar of a row forbids has no probability."""
+    rows = [row for row, one in enumerate(samplers) if one.grammar is not None]
+    if not rows:
+        return logits
+    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
+    for row in rows:
+        grammar = samplers[row].grammar
+        assert grammar is not None
+        forbidden[row] = grammar.forbidden(logits.shape[-1])
+    return logits.masked_fill(forbidden.to(logits.device), -math.inf)
 
 
 def _at(numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
