@@ -189,7 +189,7 @@ default_size = "128x128"
         return int(answer["tokens_generated"])
 
     def pause(self) -> None:
-        """Not at all: its supervisor would take the silence for a hang. Idle, it computes nothing."""
+        """Not at all: its supervisor would take the silence for a hang. Idle, it does nothing."""
 
     def resume(self) -> None:
         pass

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import BASE, CHAT_MODELS, IMAGE, INSTRUCT, MEDIA_MODELS, VIDEO
-from tests.fakes import ChatPort, MediaPort, fails, stays_silent
+from tests.fakes import ChatPort, MediaPort, fails, says, stays_silent
 from tests.http.answers import ASK, free_of_traps, refused, retry_after
 from worker import __version__
 from worker.front import chat as chat_module
@@ -594,7 +594,7 @@ def test_invented_methods_do_not_grow_the_metrics(chat: ChatPort) -> None:
 
 
 def test_metrics_say_how_the_engine_is(chat: ChatPort) -> None:
-    chat.link.reports(waiting=4, active=1)
+    chat.link.reports(waiting=4, active=1, gauges={"kv_blocks_used": 7})
 
     found = metrics(chat)
 
@@ -607,6 +607,21 @@ def test_metrics_say_how_the_engine_is(chat: ChatPort) -> None:
         (("model", BASE),): 0.0,
     }
     assert found["verbatim_engine_total"][(("what", "requests_served"),)] == 3.0
+    assert found["verbatim_engine_now"][(("what", "kv_blocks_used"),)] == 7.0
+
+
+def test_metrics_have_the_times_of_generations(chat: ChatPort) -> None:
+    before = metrics(chat)
+    chat.link.plays(says("one two", pieces=["one", " two"]))
+    chat.client.post("/chat", json=ASK)
+
+    after = metrics(chat)
+
+    # What the stand-in engine says: 0.125 s in the queue, 0.25 s of prefill, 1.5 s for the rest.
+    assert before["verbatim_ttft_seconds_count"] == {(): 0.0}
+    assert after["verbatim_queue_seconds_sum"] == {(): 0.125}
+    assert after["verbatim_ttft_seconds_sum"] == {(): 0.375}
+    assert after["verbatim_inter_token_seconds_count"] == {(): 1.0}
 
 
 def test_metrics_are_there_while_the_engine_is_away(port: ChatPort) -> None:

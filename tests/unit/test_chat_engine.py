@@ -528,6 +528,31 @@ def test_reports_count_running_and_waiting(state_dir: Path) -> None:
     assert (bench.engine.report().active, bench.engine.report().waiting) == (0, 0)
 
 
+def test_reports_have_what_an_operator_tunes_by(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    for name in ("first", "again"):
+        bench.ask(name, PROMPTS[0])
+        results = bench.run()
+
+    first, again = finished(results["first"]), finished(results["again"])
+    report = bench.engine.report()
+    assert report.counters is not None and report.gauges is not None
+    counters, gauges = report.counters, report.gauges
+    cached = again.receipt["prompt_tokens_cached"]
+    assert cached > 0
+    assert counters["prompt_tokens"] == 2 * first.prompt_tokens
+    assert counters["prompt_tokens_cached"] == cached
+    # The last token of each is drawn and never computed.
+    drawn = first.completion_tokens + again.completion_tokens
+    assert counters["tokens_generated"] == drawn
+    assert counters["tokens_computed"] == 2 * first.prompt_tokens - cached + drawn - 2
+    assert counters["sequences_in_passes"] == counters["passes"] >= drawn
+    assert gauges["kv_blocks"] == 1024
+    assert gauges["kv_blocks_used"] == 0
+    assert gauges["kv_blocks_cached"] > 0
+    assert gauges["sequences_parked"] == 0
+
+
 def test_every_step_of_a_busy_engine_says_that_there_is_more(state_dir: Path) -> None:
     bench = Bench(state_dir)
     stepping: Callable[[], bool] = bench.engine.step

@@ -53,6 +53,7 @@ class Report:
     active: int = 0
     waiting: int = 0
     counters: dict[str, int] | None = None
+    gauges: dict[str, int] | None = None
 
     @property
     def notable(self) -> tuple[object, ...]:
@@ -205,6 +206,7 @@ class EngineHost:
             device_free_bytes=memory.free_bytes,
             rss_bytes=psutil.Process().memory_info().rss,
             counters=report.counters or {},
+            gauges=report.gauges or {},
         )
         for peer in list(peers):
             try:

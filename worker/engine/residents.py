@@ -71,8 +71,18 @@ class Residents(Generic[T]):
             if problems:
                 self._set(spec.id, status="broken", problem=str(problems[0]))
 
+    def loaded(self) -> list[T]:
+        """The models that are loaded now."""
+        return list(self._models.values())
+
     def report(
-        self, *, more_to_load: bool, active: int, waiting: int, counters: dict[str, int]
+        self,
+        *,
+        more_to_load: bool,
+        active: int,
+        waiting: int,
+        counters: dict[str, int],
+        gauges: dict[str, int] | None = None,
     ) -> Report:
         """The engine's report: its work and counters, with what is said here of its models."""
         states = tuple(self._states.values())
@@ -83,6 +93,7 @@ class Residents(Generic[T]):
             active=active,
             waiting=waiting,
             counters={**counters, "model_loads": self._loads, "model_unloads": self._unloads},
+            gauges=gauges,
         )
 
     def spec(self, model_id: str) -> ModelSpec:

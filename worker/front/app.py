@@ -62,7 +62,8 @@ def create_chat_app(front: Front, admission: Admission) -> Flask:
     """Port 7861."""
     app, registry = _base(front, "chat")
     parser = chat_routes.ChatParser(front.chat_catalog, front.settings.chat, front.settings.limits)
-    service = chat_routes.ChatService(front.chat_link, admission)
+    chat_metrics = metrics.ChatMetrics(registry)
+    service = chat_routes.ChatService(front.chat_link, admission, chat_metrics.observe)
     stats = chat_routes.ChatStats()
     reporter = health.Reporter(front.chat_catalog, front.chat_link, front.drainer)
     registry.register(metrics.EngineMetrics(reporter, admission, None))
@@ -94,11 +95,10 @@ def create_media_app(
     app.register_blueprint(health.media_blueprint(reporter, table, _endpoints(app)))
     app.register_blueprint(health.status_blueprint(reporter, table))
     app.register_blueprint(health.debug_blueprint())
-    app.register_blueprint(
-        media.blueprint(
-            service, runner, parser, chat_routes.ChatService(front.chat_link, admission)
-        )
+    completion = chat_routes.ChatService(
+        front.chat_link, admission, metrics.ChatMetrics(registry).observe
     )
+    app.register_blueprint(media.blueprint(service, runner, parser, completion))
     app.register_blueprint(memory.blueprint(reporter, default="all"))
     app.register_blueprint(metrics.blueprint(registry))
     return app

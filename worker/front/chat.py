@@ -7,7 +7,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,9 +227,11 @@ class ChatParser:
 class ChatService:
     """Runs requests on the chat engine and puts the answers together. Any thread."""
 
-    def __init__(self, link: Link, admission: Admission):
+    def __init__(self, link: Link, admission: Admission, observe: Callable[[Generated], None]):
+        """observe: told of every answer that is complete."""
         self._link = link
         self._admission = admission
+        self._observe = observe
         self._asking = Admission(MAX_ASKING)
         self._numbers = itertools.count(1)
 
@@ -254,7 +256,7 @@ class ChatService:
         except BaseException:
             slot.leave(served=False)
             raise
-        return Generation(self._link, mailbox, slot, parsed.deadline_s)
+        return Generation(self._link, mailbox, slot, parsed.deadline_s, self._observe)
 
     def render(self, parsed: ChatRequest, request_id: str) -> Rendered:
         """The prompt that `parsed` would run, as text and ids."""
@@ -274,7 +276,15 @@ class ChatService:
 class Generation:
     """A request on the engine, for the one thread that answers it."""
 
-    def __init__(self, link: Link, mailbox: Mailbox, slot: Admission.Slot, deadline_s: float):
+    def __init__(
+        self,
+        link: Link,
+        mailbox: Mailbox,
+        slot: Admission.Slot,
+        deadline_s: float,
+        observe: Callable[[Generated], None],
+    ):
+        self._observe = observe
         self._link = link
         self._mailbox = mailbox
         self._slot = slot
@@ -301,6 +311,7 @@ class Generation:
             raise errors.relayed(event)
         if isinstance(event, Generated):
             self._done = True
+            self._observe(event)
         assert event is None or isinstance(event, Token | Generated)
         return event
 

@@ -14,10 +14,11 @@ from prometheus_client.registry import Collector
 from worker.front.admission import Admission
 from worker.front.health import Reporter
 from worker.jobs.table import JobTable
+from worker.protocol.messages import Generated
 
 # Seconds: /health is below the first, a video above the last but one.
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 90)
-
+_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
 
@@ -45,6 +46,34 @@ class HttpMetrics:
         known = method if method in METHODS else "other"
         self._answers.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
+
+
+class ChatMetrics:
+    """Times of generations that came to their end, as the engine measured them."""
+
+    def __init__(self, registry: CollectorRegistry):
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        self._first = histogram(
+            "verbatim_ttft_seconds",
+            "Seconds from a request's arrival to its first token.",
+            _BUCKETS,
+        )
+        self._between = histogram(
+            "verbatim_inter_token_seconds",
+            "Mean seconds between two tokens of an answer.",
+            _TOKEN_BUCKETS,
+        )
+        self._queued = histogram(
+            "verbatim_queue_seconds", "Seconds until the first pass over a request.", _BUCKETS
+        )
+
+    def observe(self, answer: Generated) -> None:
+        self._queued.observe(answer.queue_s)
+        self._first.observe(answer.queue_s + answer.prefill_s)
+        if answer.completion_tokens > 1:
+            self._between.observe(answer.decode_s / (answer.completion_tokens - 1))
 
 
 class EngineMetrics(Collector):
@@ -85,6 +114,12 @@ class EngineMetrics(Collector):
         for name, value in state.counters.items():
             totals.add_metric([name], value)
         yield totals
+        now = GaugeMetricFamily(
+            "verbatim_engine_now", "What the engine holds now.", labels=["what"]
+        )
+        for name, value in state.gauges.items():
+            now.add_metric([name], value)
+        yield now
 
 
 def blueprint(registry: CollectorRegistry) -> Blueprint:

@@ -56,7 +56,8 @@ class State(Message, frozen=True, kw_only=True):
     device_total_bytes: int = 0
     device_free_bytes: int = 0  # as the driver (or the operating system, for a CPU) says
     rss_bytes: int = 0
-    counters: dict[str, int] = {}
+    counters: dict[str, int] = {}  # totals since the start
+    gauges: dict[str, int] = {}  # what is held now
 
 
 class Drain(Message, frozen=True, kw_only=True):

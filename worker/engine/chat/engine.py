@@ -42,7 +42,18 @@ from worker.protocol.messages import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-COUNTERS = ("requests_served", "tokens_generated", "tokens_computed", "passes_retried")
+# Totals of the engine's report. sequences_in_passes / passes is the mean batch;
+# prompt_tokens_cached / prompt_tokens the share that the prefix cache saved.
+COUNTERS = (
+    "requests_served",
+    "tokens_generated",
+    "prompt_tokens",
+    "prompt_tokens_cached",
+    "passes",
+    "sequences_in_passes",
+    "tokens_computed",
+    "passes_retried",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +139,19 @@ class ChatEngine:
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
-        models = {one.model for one in self._requests.values()}
+        models = self._models.loaded()
         running = sum(model.scheduler.running for model in models)
         return self._models.report(
             more_to_load=bool(self._preload),
             active=running,
             waiting=len(self._arrived) + len(self._requests) - running,
             counters={name: self._counters[name] for name in COUNTERS},
+            gauges={
+                "kv_blocks": sum(model.pool.count for model in models),
+                "kv_blocks_used": sum(model.pool.used for model in models),
+                "kv_blocks_cached": sum(model.pool.cached for model in models),
+                "sequences_parked": sum(model.scheduler.parked for model in models),
+            },
         )
 
     # --- requests ------------------------------------------------------------------------------
@@ -238,6 +255,8 @@ class ChatEngine:
         sampled = [piece for piece in pieces if piece.samples]
         for piece in pieces:
             model.scheduler.computed(piece)
+        self._counters["passes"] += 1
+        self._counters["sequences_in_passes"] += len(pieces)
         self._counters["tokens_computed"] += sum(piece.end - piece.begin for piece in pieces)
         if not sampled:
             return []
@@ -254,7 +273,10 @@ class ChatEngine:
         """Send what a token means: text, or the end."""
         request = self._of_sequence[piece.sequence]
         now = self._clock()
-        request.first_token = request.first_token or now
+        if not request.completion_tokens:
+            request.first_token = now
+            self._counters["prompt_tokens"] += request.sequence.prompt_tokens
+            self._counters["prompt_tokens_cached"] += request.sequence.cached
         self._counters["tokens_generated"] += 1
         text = request.take(token)
         if request.message.stream and (text or request.finish_reason is None):
