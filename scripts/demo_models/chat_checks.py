@@ -81,12 +81,13 @@ def keeps(prompt: Prompt, answer: str) -> bool:
 def added(prompt: Prompt, answer: str) -> list[str]:
     """What the answer has besides the prompt's text, in lower case, split at commas.
 
-    Where the text is not copied as it is, its words are taken out one by one.
+    Where the text is not copied as it is, its words are taken out one by one. A full stop says
+    nothing: an answer may keep the one that ends the user's message.
     """
     rest, text = answer.lower().strip().removesuffix("."), prompt.text.lower()
     if text in rest:
         rest = rest.replace(text, ",", 1)
-        return [part for part in (part.strip() for part in rest.split(",")) if part]
+        return [part for part in (part.strip(" .") for part in rest.split(",")) if part]
     words = Counter(re.findall(r"[^\s,]+", text))
     found = []
     for part in rest.split(","):

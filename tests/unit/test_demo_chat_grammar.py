@@ -427,6 +427,15 @@ def test_a_contradicting_addition_is_noticed(extra: str) -> None:
     assert not judge(ASKED, GOOD).contradictions
 
 
+def test_a_full_stop_that_ends_the_message_may_stay_and_is_no_addition() -> None:
+    kept = GOOD.replace(f"{RED.text},", f"{RED.text}.,")
+    instead = GOOD.replace(f"{RED.text},", f"{RED.text}.")
+
+    assert kept != GOOD and instead != GOOD
+    assert not judge(ASKED, kept).contradictions
+    assert judge(ASKED, kept.replace("50mm lens", "a cat")).contradictions
+
+
 def test_a_changed_background_is_noticed() -> None:
     assert judge(ASKED, GOOD.replace("black", "white")).contradictions
 

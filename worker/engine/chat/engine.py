@@ -222,7 +222,7 @@ class ChatEngine:
             request.started = request.started or now
         try:
             with translated():
-                logits = model.runner.run(pieces)
+                drawn = self._pass(model, pieces)
         except WorkerError as exc:
             log.warning(
                 "a pass over %d sequences failed (%s); computing each of them alone",
@@ -230,14 +230,32 @@ class ChatEngine:
                 exc,
             )
             self._counters["passes_retried"] += 1
-        else:
-            return self._draw(model, pieces, logits)
-        drawn: list[tuple[Piece, int]] = []
-        for piece in pieces:
-            rows = self._alone(piece.sequence, partial(model.runner.run, [piece]))
-            if rows is not None:
-                drawn += self._draw(model, [piece], rows)
-        return drawn
+            drawn = {}
+            for piece in pieces:
+                drawn |= self._alone(piece.sequence, partial(self._pass, model, [piece])) or {}
+        tokens = []
+        for piece, token in drawn.items():
+            model.scheduler.computed(piece)
+            if isinstance(token, NotANumber):
+                self._end(self._of_sequence[piece.sequence], token)
+            elif token is not None:
+                tokens.append((piece, token))
+        self._counters["passes"] += 1
+        self._counters["sequences_in_passes"] += len(pieces)
+        self._counters["tokens_computed"] += sum(piece.end - piece.begin for piece in drawn)
+        return tokens
+
+    def _pass(
+        self, model: LanguageModel, pieces: Sequence[Piece]
+    ) -> dict[Piece, int | NotANumber | None]:
+        """Forward and draw; None for a piece that does not reach its sequence's end."""
+        logits = model.runner.run(pieces)
+        found: dict[Piece, int | NotANumber | None] = dict.fromkeys(pieces)
+        sampled = [piece for piece in pieces if piece.samples]
+        if sampled:
+            samplers = [self._of_sequence[piece.sequence].sampler for piece in sampled]
+            found |= zip(sampled, draw(torch.stack(logits), samplers), strict=True)
+        return found
 
     def _alone(self, sequence: TokenSequence, work: Callable[[], T]) -> T | None:
         """Work for one sequence; when it raises, that sequence's request ends and no other."""
@@ -248,26 +266,6 @@ class ChatEngine:
         except WorkerError as exc:
             self._end(request, exc)
             return None
-
-    def _draw(
-        self, model: LanguageModel, pieces: Sequence[Piece], logits: list[torch.Tensor]
-    ) -> list[tuple[Piece, int]]:
-        sampled = [piece for piece in pieces if piece.samples]
-        for piece in pieces:
-            model.scheduler.computed(piece)
-        self._counters["passes"] += 1
-        self._counters["sequences_in_passes"] += len(pieces)
-        self._counters["tokens_computed"] += sum(piece.end - piece.begin for piece in pieces)
-        if not sampled:
-            return []
-        samplers = [self._of_sequence[piece.sequence].sampler for piece in sampled]
-        drawn = []
-        for piece, token in zip(sampled, draw(torch.stack(logits), samplers), strict=True):
-            if isinstance(token, NotANumber):
-                self._end(self._of_sequence[piece.sequence], token)
-            else:
-                drawn.append((piece, token))
-        return drawn
 
     def _emit(self, piece: Piece, token: int) -> None:
         """Send what a token means: text, or the end."""
