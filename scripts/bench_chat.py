@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import time
@@ -259,6 +260,8 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Ended by a signal it still stops the servers that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
