@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -365,8 +366,11 @@ def test_a_lane_that_is_no_boolean_is_refused(chat: ChatPort, value: Any) -> Non
         ({"type": "text"}, None),
         ({"type": "json_object"}, '{"type":"object"}'),
         (
-            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"z": "ü", "a": 1}}},
-            '{"z":"ü","a":1}',
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"title": "ü", "type": "string"}},
+            },
+            '{"title":"ü","type":"string"}',
         ),
     ],
 )
@@ -390,6 +394,49 @@ def test_a_response_format_of_another_shape_is_refused(
 
     assert answer.status_code == 400
     assert answer.get_json()["error"].startswith("response_format")
+    assert chat.link.of(Generate) == []
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
+HANGS = {"allOf": [{"type": "string", "pattern": f"a.{{{n},400}}b"} for n in range(20, 60)]}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#"}, {"type": "strange"}, HANGS], ids=["self", "type", "slow"]
+)
+def test_a_schema_that_cannot_be_enforced_never_reaches_the_engine(
+    chat: ChatPort, schema: dict[str, Any]
+) -> None:
+    """Forty patterns kept the engine's thread busy for more than a minute."""
+    answer = chat.client.post("/chat", json=ASK | schema_format(schema))
+
+    assert answer.status_code == 422
+    assert answer.get_json()["error_code"] == "unsupported"
+    assert answer.get_json()["error"].startswith("response_format")
+    assert chat.link.of(Generate) == []
+
+
+def test_a_schema_is_tried_once(chat: ChatPort, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr("worker.front.schemas._try", tried.append)
+
+    for title in ("a", "b", "a"):
+        chat.client.post("/chat", json=ASK | schema_format({"title": title}))
+
+    assert tried == ['{"title":"a"}', '{"title":"b"}']
+    assert len(chat.link.of(Generate)) == 3
+
+
+@pytest.mark.parametrize("text", ['{"minimum":1e999}'])
+def test_a_schema_with_a_number_that_is_none_is_refused(chat: ChatPort, text: str) -> None:
+    body = json.dumps(ASK | schema_format("here")).replace('"here"', text)
+
+    answer = chat.client.post("/chat", data=body, content_type="application/json")
+
+    assert answer.status_code == 400
     assert chat.link.of(Generate) == []
 
 

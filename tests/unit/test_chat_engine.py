@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -382,7 +383,10 @@ def test_any_object_is_json(state_dir: Path) -> None:
         assert result.text.lstrip().startswith("{")
 
 
-@pytest.mark.parametrize("schema", [{"type": "strange"}, {"unevaluatedProperties": False}])
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "strange"}, {"unevaluatedProperties": False}, {"$ref": "#"}, {"minimum": math.inf}],
+)
 def test_a_schema_that_cannot_be_enforced_is_refused_and_others_go_on(
     state_dir: Path, schema: dict[str, Any], expected: list[str]
 ) -> None:
@@ -396,6 +400,68 @@ def test_a_schema_that_cannot_be_enforced_is_refused_and_others_go_on(
     assert isinstance(failure, Failed)
     assert (failure.status, failure.code) == (422, "unsupported")
     assert hashes(results, 1) == expected[:1]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_grammar_that_gives_up_ends_its_own_request_and_moves_no_other(
+    state_dir: Path, deterministic: bool
+) -> None:
+    """The rows before it had remembered their tokens, and drew them again."""
+    wide = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(520)}}
+    options = {"temperature": 1.2, "top_p": 1.0, "max_tokens": 60, "deterministic": deterministic}
+    alone, together = Bench(state_dir), Bench(state_dir)
+    for index in range(4):
+        alone.ask(str(index), PROMPTS[index], schema=SCENE, seed=index, **options)
+        alone.run()
+        together.ask(str(index), PROMPTS[index], schema=SCENE, seed=index, **options)
+    together.ask("wide", PROMPTS[5], schema=wide, **options)
+    expected = alone.run()
+
+    results = together.run()
+
+    failure = results.pop("wide")
+    assert isinstance(failure, Failed)
+    assert failure.code == "unsupported"
+    assert hashes(results, 4) == hashes(expected, 4)
+    counters = together.engine.report().counters
+    assert counters is not None and counters["passes_retried"] == 0
+
+
+# --- numbers that are none -----------------------------------------------------------------------
+
+
+def test_a_nan_ends_its_request_and_reaches_no_other(state_dir: Path, expected: list[str]) -> None:
+    bench = Bench(state_dir, kv_blocks=60)
+    for index in range(6):
+        bench.ask(str(index), PROMPTS[index])
+    while bench.engine.report().active < 6:
+        bench.engine.step()
+    broken = bench.engine._requests[Ticket(b"peer", "2")].sequence
+    for layer in bench.model.runner._kv.values:
+        layer[:, broken.blocks[-1]] = math.nan
+    for index in range(6, 30):  # these take its blocks, again and again
+        bench.ask(str(index), PROMPTS[index])
+
+    results = bench.run()
+
+    failure = results.pop("2")
+    assert isinstance(failure, Failed)
+    assert "no numbers" in failure.error
+    done = {name: finished(one).receipt["completion_ids_sha256"] for name, one in results.items()}
+    assert done == {str(n): expected[n] for n in range(30) if n != 2}
+
+
+def test_a_prompt_whose_values_are_no_numbers_is_not_cached(state_dir: Path) -> None:
+    bench = Bench(state_dir)
+    run = bench.model.runner.run
+    bench.model.runner.run = lambda pieces: [row * math.nan for row in run(pieces)]  # type: ignore[method-assign]
+    bench.ask("bad", PROMPTS[0])
+    assert isinstance(bench.run()["bad"], Failed)
+
+    bench.model.runner.run = run  # type: ignore[method-assign]
+    bench.ask("good", PROMPTS[0])
+
+    assert finished(bench.run()["good"]).receipt["prompt_tokens_cached"] == 0
 
 
 # --- requests ------------------------------------------------------------------------------------

@@ -17,17 +17,23 @@ from worker.engine.chat.scheduler import CHUNK_BLOCKS, Plan, Scheduler, TokenSeq
 MAX_RUNNING, PASS_TOKENS = 4, 40
 CHUNK = CHUNK_BLOCKS * BLOCK_TOKENS
 
-# Of which lane keys and values are, whether of a token that was drawn, and all text up to them.
-Text = tuple[bytes, bool, tuple[int, ...]]
+# Of which lane keys and values are, the piece that they were computed in, and all text up to them.
+Text = tuple[bytes, tuple[int, int], tuple[int, ...]]
 
 
 def text_of(sequence: TokenSequence, at: int) -> Text:
     """What the slot of token `at` must hold.
 
-    In the plain lane it does not matter how a token came; in the other it has other bits.
+    In the plain lane it does not matter in which piece a token was computed; in the other it has
+    other bits.
     """
-    drawn = sequence.deterministic and at >= sequence.prompt_tokens
-    return sequence.kind, drawn, tuple(sequence.ids[: at + 1])
+    piece = (0, 0)
+    if sequence.deterministic:
+        begin = at // CHUNK * CHUNK
+        piece = (begin, min(begin + CHUNK, sequence.prompt_tokens))
+        if at >= sequence.prompt_tokens:
+            piece = (at, at + 1)
+    return sequence.kind, piece, tuple(sequence.ids[: at + 1])
 
 
 class Card:
@@ -192,6 +198,16 @@ def test_a_deterministic_prompt_shares_whole_chunks_of_its_own_lane() -> None:
     assert found == [0, 2 * CHUNK]
 
 
+def test_what_an_incomplete_chunk_computed_is_shared_with_nobody() -> None:
+    """Prompts of 60 and 100 tokens named blocks that one of 120 took for a whole chunk."""
+    card = Card(40)
+    for tokens in (60, 100, 120):
+        card.add([1] * tokens, 1, deterministic=True)
+        run_out(card)
+
+    assert [sequence.cached for sequence in card.done] == [0, 0, CHUNK]
+
+
 def test_the_last_token_of_a_prompt_is_computed_though_its_block_is_known() -> None:
     card = Card(20)
     for _ in range(2):
@@ -305,6 +321,37 @@ def test_a_pool_does_not_shrink_below_what_is_used() -> None:
 
     with pytest.raises(ValueError, match="3 blocks are used"):
         pool.resize(2)
+
+
+def test_a_pool_does_not_shrink_below_what_a_sequence_can_need() -> None:
+    """It was parked for ever, and nothing that came later could begin."""
+    card = Card(10)
+    card.add([1] * 20, 80)
+    card.step()
+
+    with pytest.raises(ValueError, match="can need 7 blocks"):
+        card.scheduler.shrink_to(5)
+    run_out(card)
+
+
+def test_blocks_that_are_distrusted_are_found_by_nobody_and_those_of_others_stay() -> None:
+    card = Card(20)
+    card.add([1] * 33, 1)
+    run_out(card)
+    for last in (2, 3):
+        card.add([1] * 32 + [last] * 20, 30)
+    for _ in range(3):
+        card.step()
+    bad, other = card.alive
+
+    alone = card.scheduler.distrust(bad)
+
+    assert alone == bad.blocks[2:]
+    assert other.blocks[:2] == bad.blocks[:2]
+    assert card.pool.find(bad.prompt_names) == []
+    card.cancel(0)
+    run_out(card)
+    assert card.pool.used == 0
 
 
 def test_blocks_for_counts_begun_blocks() -> None:

@@ -27,6 +27,7 @@ from worker.errors import (
 from worker.front import errors
 from worker.front.admission import MAX_ASKING, Admission
 from worker.front.bodies import read_json
+from worker.front.schemas import SchemaCheck
 from worker.jsonvalues import (
     above_zero,
     real_number,
@@ -233,11 +234,17 @@ class ChatService:
         self._admission = admission
         self._observe = observe
         self._asking = Admission(MAX_ASKING)
+        self._schemas = SchemaCheck()
         self._numbers = itertools.count(1)
 
     def begin(self, parsed: ChatRequest, request_id: str) -> Generation:
-        """Submit a request. The caller must `close` it. Raises Busy or EngineUnavailable."""
+        """Submit a request. The caller must `close` it.
+
+        Raises Busy, EngineUnavailable, or Unsupported for a schema that cannot be enforced.
+        """
         self._link.require_connected()
+        if parsed.schema is not None:
+            self._schemas.check(parsed.schema)
         slot = self._admission.enter()
         ticket = f"{request_id}#{next(self._numbers)}"  # unique, whatever ids clients choose
         message = Generate(
@@ -565,7 +572,11 @@ def _schema(value: Any) -> str | None:
     schema = given.get("schema") if isinstance(given, dict) else None
     if not isinstance(schema, dict):
         raise InvalidRequest("response_format.json_schema.schema must be an object: a JSON Schema")
-    text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("response_format.json_schema.schema is no JSON: a number is too large "
+                             "or it is too deep") from exc  # fmt: skip
     if len(text) > MAX_SCHEMA_CHARS:
         raise TooLarge(
             f"the schema has {len(text)} characters; allowed: at most {MAX_SCHEMA_CHARS}"

@@ -38,6 +38,10 @@ class PagedKV:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
+    @property
+    def blocks(self) -> int:
+        return self.keys[0].shape[1]
+
     @staticmethod
     def block_bytes(*, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block in all layers."""
@@ -53,6 +57,12 @@ class PagedKV:
         at = torch.tensor(blocks, device=self.keys[0].device)
         for one, part in zip((*self.keys, *self.values), content, strict=True):
             one.index_copy_(1, at, part.to(one.device))
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Zeros in these blocks."""
+        at = torch.tensor(blocks, dtype=torch.long, device=self.keys[0].device)
+        for one in (*self.keys, *self.values):
+            one.index_fill_(1, at, 0)
 
     def resize(self, blocks: int, moves: dict[int, int]) -> None:
         """Another number of blocks; moves: old number -> new number of each that is kept.
@@ -100,22 +110,22 @@ class PagedPass:
     """
 
     def __init__(self, kv: PagedKV, pieces: Sequence[Piece], *, fixed_rows: int | None = None):
-        """pieces: with all decoding ones at the beginning.
-
-        fixed_rows: the pass has decoding pieces only, and is padded to that many; each one attends
-        in a shape that depends on its own length alone. None: as fast as it goes.
+        """fixed_rows: the pass has decoding pieces only, and is padded to that many; each of them
+        attends in a shape that depends on its own length alone. None: as fast as it goes.
         """
         device, dtype = kv.keys[0].device, kv.keys[0].dtype
         self._kv = kv
-        if fixed_rows:
-            pieces = sorted(pieces, key=_blocks_in_shape)
+        decoding = [piece for piece in pieces if piece.sequence.decoding]
+        # Rows of like length attend together, so that little is gathered that is not theirs.
+        width = _blocks_in_shape if fixed_rows else _length_class
+        decoding.sort(key=width)
+        pieces = [*decoding, *(piece for piece in pieces if not piece.sequence.decoding)]
         self.order = tuple(piece for piece in pieces if piece.samples)  # of the rows of logits
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         sampled: list[int] = []
         self._prompts: list[_Prompt] = []
-        decoding = [piece for piece in pieces if piece.sequence.decoding]
         for piece in pieces:
             blocks, begin = piece.sequence.blocks, len(ids)
             ids += piece.sequence.ids[piece.begin : piece.end]
@@ -142,13 +152,18 @@ class PagedPass:
         kept = range(fixed_rows) if fixed_rows else sampled
         self.kept = torch.tensor(list(kept), dtype=torch.long, device=device)
         self._decoding: list[_Decoding] = []
-        if fixed_rows:
-            for blocks_in_shape, group in groupby(decoding, key=_blocks_in_shape):
-                self._add_decoding(list(group), blocks_in_shape, 0, dtype, device)
-        elif decoding:
-            tables = [piece.sequence.blocks for piece in decoding]
-            common = _common_beginning(tables) if device.type == "cpu" else 0
-            self._add_decoding(decoding, max(map(len, tables)), common, dtype, device)
+        for _, like in groupby(decoding, key=width):
+            group = list(like)
+            tables = [piece.sequence.blocks for piece in group]
+            wide = _blocks_in_shape(group[0]) if fixed_rows else max(map(len, tables))
+            # The bound on what one gather copies: no more than a layer of the pool.
+            rows = max(1, kv.blocks // wide)
+            for begin in range(0, len(group), rows):
+                part = group[begin : begin + rows]
+                shared = 0
+                if device.type == "cpu" and not fixed_rows:
+                    shared = _common_beginning(tables[begin : begin + rows])
+                self._add_decoding(part, wide, shared, dtype, device)
 
     def _add_decoding(
         self, pieces: list[Piece], blocks: int, common: int, dtype: torch.dtype,
@@ -156,7 +171,8 @@ class PagedPass:
     ) -> None:  # fmt: skip
         """blocks: that each row is padded to. common: blocks that all have."""
         tables = [piece.sequence.blocks for piece in pieces]
-        rows = [table[common:] + [0] * (blocks - len(table)) for table in tables]
+        # Padded with a block of its own: what is masked there must not be another's NaN.
+        rows = [table[common:] + table[-1:] * (blocks - len(table)) for table in tables]
         ends = torch.tensor([piece.end for piece in pieces], device=device)
         at = torch.arange(common * BLOCK_TOKENS, blocks * BLOCK_TOKENS, device=device)
         mask = torch.zeros(len(pieces), 1, 1, len(at), dtype=dtype, device=device)
@@ -201,6 +217,11 @@ class PagedPass:
             )
             out[:, one.begin : one.end] = attended.transpose(1, 2)
         return out
+
+
+def _length_class(piece: Piece) -> int:
+    """Of any two pieces of a class, one has less than twice the blocks of the other."""
+    return len(piece.sequence.blocks).bit_length()
 
 
 def _blocks_in_shape(piece: Piece) -> int:

@@ -121,6 +121,13 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
+    def distrust(self, blocks: Sequence[int]) -> list[int]:
+        """Forget the names of used blocks. Returns those that have one user."""
+        for block in blocks:
+            if block in self._name_of:
+                self._forget(block)
+        return [block for block in blocks if self._users[block] == 1]
+
     def drop_cached(self) -> None:
         """Forget all blocks that no sequence uses."""
         for block in self._cached:

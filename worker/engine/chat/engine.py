@@ -235,8 +235,12 @@ class ChatEngine:
                 drawn |= self._alone(piece.sequence, partial(self._pass, model, [piece])) or {}
         tokens = []
         for piece, token in drawn.items():
-            model.scheduler.computed(piece)
             if isinstance(token, NotANumber):
+                # Zero times a NaN is one: it would reach whoever has these blocks next.
+                model.runner.wipe(model.scheduler.distrust(piece.sequence))
+            else:
+                model.scheduler.computed(piece)
+            if isinstance(token, WorkerError):
                 self._end(self._of_sequence[piece.sequence], token)
             elif token is not None:
                 tokens.append((piece, token))
@@ -247,10 +251,10 @@ class ChatEngine:
 
     def _pass(
         self, model: LanguageModel, pieces: Sequence[Piece]
-    ) -> dict[Piece, int | NotANumber | None]:
+    ) -> dict[Piece, int | WorkerError | None]:
         """Forward and draw; None for a piece that does not reach its sequence's end."""
         logits = model.runner.run(pieces)
-        found: dict[Piece, int | NotANumber | None] = dict.fromkeys(pieces)
+        found: dict[Piece, int | WorkerError | None] = dict.fromkeys(pieces)
         sampled = [piece for piece in pieces if piece.samples]
         if sampled:
             samplers = [self._of_sequence[piece.sequence].sampler for piece in sampled]

@@ -23,7 +23,7 @@ class Runner:
         assert model.config._attn_implementation == NAME
         self._model = model
         self._kv = kv
-        self._parked: dict[int, torch.Tensor] = {}  # by id() of the sequence
+        self._parked: dict[TokenSequence, torch.Tensor] = {}
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
@@ -38,7 +38,6 @@ class Runner:
         prompts = [p for p in pieces if p.sequence.deterministic and not p.sequence.decoding]
         found: dict[Piece, torch.Tensor] = {}
         if plain:
-            plain.sort(key=lambda piece: not piece.sequence.decoding)
             found |= self._pass(PagedPass(self._kv, plain))
         for begin in range(0, len(decoding), DECODING_ROWS):
             rows = decoding[begin : begin + DECODING_ROWS]
@@ -61,11 +60,16 @@ class Runner:
     def park(self, sequence: TokenSequence, blocks: list[int]) -> None:
         """Keep a sequence's keys and values in host memory; its blocks may be overwritten."""
         if sequence.computed:
-            self._parked[id(sequence)] = self._kv.read(blocks)
+            self._parked[sequence] = self._kv.read(blocks)
 
     def forget(self, sequence: TokenSequence) -> None:
         """A parked sequence was cancelled."""
-        self._parked.pop(id(sequence), None)
+        self._parked.pop(sequence, None)
+
+    @torch.inference_mode()
+    def wipe(self, blocks: list[int]) -> None:
+        """Nothing is left in these blocks."""
+        self._kv.wipe(blocks)
 
     @torch.inference_mode()
     def resize(self, scheduler: Scheduler, pool: BlockPool, blocks: int) -> None:
@@ -79,6 +83,6 @@ class Runner:
     @torch.inference_mode()
     def resume(self, sequence: TokenSequence) -> None:
         """Put a parked sequence's keys and values into its new blocks."""
-        content = self._parked.pop(id(sequence), None)
+        content = self._parked.pop(sequence, None)
         if content is not None:
             self._kv.write(sequence.blocks[: content.shape[2]], content)

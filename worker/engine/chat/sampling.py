@@ -58,12 +58,12 @@ class Sampler:
         self.position = 0
 
     def take(self, token: int) -> None:
-        """Remember a token that was drawn."""
+        """Remember a token that was drawn. Raises what the grammar raises, and then nothing is."""
+        if self.grammar is not None:
+            self.grammar.take(token)
         self.seen.add(token)
         self.sampled[token] += 1
         self.position += 1
-        if self.grammar is not None:
-            self.grammar.take(token)
 
 
 class NotANumber(WorkerError):
@@ -75,13 +75,14 @@ class NotANumber(WorkerError):
         )
 
 
-def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | NotANumber]:
-    """One token for each sampler, remembered by it; an error for a row that has a NaN.
+def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | WorkerError]:
+    """One token for each sampler, remembered by it, or the error of a row that has none.
 
     logits: (samplers, vocabulary) of any float type, on any device; not changed. No row depends
-    on the others.
+    on the others: what fails in one (a NaN, a grammar) is that row's error, and nothing is raised
+    once a sampler has remembered a token.
     """
-    logits = _allowed(_penalised(logits.float(), samplers), samplers)
+    logits, failed = _allowed(_penalised(logits.float(), samplers), samplers)
     # Of a NaN every comparison is false, and some token would come out of it silently.
     good = logits.amax(dim=-1).isfinite()
     numbers = [
@@ -89,11 +90,18 @@ def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | NotANu
         for one in samplers
     ]
     chosen = choose(logits, [one.sampling for one in samplers], numbers)
-    drawn: list[int | NotANumber] = []
-    for sampler, token, fine in zip(samplers, chosen.tolist(), good.tolist(), strict=True):
-        if fine:
-            sampler.take(token)
-        drawn.append(token if fine else NotANumber())
+    drawn: list[int | WorkerError] = []
+    rows = zip(samplers, chosen.tolist(), good.tolist(), strict=True)
+    for row, (sampler, token, fine) in enumerate(rows):
+        error = failed.get(row)
+        if error is None and not fine:
+            error = NotANumber()
+        if error is None:
+            try:
+                sampler.take(token)
+            except WorkerError as exc:
+                error = exc
+        drawn.append(token if error is None else error)
     return drawn
 
 
@@ -150,17 +158,24 @@ def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tenso
     return logits
 
 
-def _allowed(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """What the grammar of a row forbids has no probability."""
-    rows = [row for row, one in enumerate(samplers) if one.grammar is not None]
-    if not rows:
-        return logits
-    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
-    for row in rows:
-        grammar = samplers[row].grammar
-        assert grammar is not None
-        forbidden[row] = grammar.forbidden(logits.shape[-1])
-    return logits.masked_fill(forbidden.to(logits.device), -math.inf)
+def _allowed(
+    logits: torch.Tensor, samplers: Sequence[Sampler]
+) -> tuple[torch.Tensor, dict[int, WorkerError]]:
+    """What the grammar of a row forbids has no probability. Also the errors of grammars, by row."""
+    forbidden = {}
+    failed: dict[int, WorkerError] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler.grammar is not None:
+            try:
+                forbidden[row] = sampler.grammar.forbidden(logits.shape[-1])
+            except WorkerError as exc:
+                failed[row] = exc
+    if forbidden:
+        masks = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, mask in forbidden.items():
+            masks[row] = mask
+        logits = logits.masked_fill(masks.to(logits.device), -math.inf)
+    return logits, failed
 
 
 def _at(numbers: list[int], logits: torch.Tensor) -> torch.Tensor:

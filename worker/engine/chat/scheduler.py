@@ -134,8 +134,11 @@ class Scheduler:
         """A piece's keys and values are in its blocks: full ones may be shared from now on."""
         sequence = piece.sequence
         sequence.computed = piece.end
-        known = min(piece.end, sequence.prompt_tokens) if sequence.deterministic else piece.end
-        full = known // BLOCK_TOKENS
+        full = piece.end // BLOCK_TOKENS
+        if sequence.deterministic:
+            # Whole chunks of the prompt: what is behind the last one was, or would be, computed in
+            # another shape.
+            full = min(full, sequence.prompt_tokens // BLOCK_TOKENS) // CHUNK_BLOCKS * CHUNK_BLOCKS
         if full > len(sequence.names):
             ids = sequence.ids[: full * BLOCK_TOKENS]
             names = block_names(ids, sequence.names, kind=sequence.kind)
@@ -143,8 +146,21 @@ class Scheduler:
                 self.pool.name(sequence.blocks[index], names[index])
             sequence.names = names
 
+    def distrust(self, sequence: TokenSequence) -> list[int]:
+        """Its keys and values are no numbers: nobody finds its blocks any more.
+
+        Returns those that it alone has.
+        """
+        return self.pool.distrust(sequence.blocks)
+
     def shrink_to(self, count: int) -> list[tuple[TokenSequence, list[int]]]:
-        """Park the last sequences until `count` blocks hold the others. Then resize the pool."""
+        """Park the last sequences until `count` blocks hold the others. Then resize the pool.
+
+        Raises ValueError when one of the sequences can need more than `count`.
+        """
+        most = max((sequence.most_blocks for sequence in self), default=0)
+        if most > count:
+            raise ValueError(f"a sequence can need {most} blocks, more than {count}")
         parked = []
         while self.pool.used > count:
             parked.append(self._park_last())
@@ -206,7 +222,7 @@ class Scheduler:
         }
         if not coming.isdisjoint(names[len(shared) : len(shared) + 1]):
             return False
-        if sequence.deterministic:
+        if sequence.deterministic:  # of a last chunk that is known, the last token is not
             shared = shared[: len(shared) // CHUNK_BLOCKS * CHUNK_BLOCKS]
         needed = blocks_for(sequence.prompt_tokens) - len(shared)
         uncached = self.pool.available - sum(self.pool.is_cached(block) for block in shared)
