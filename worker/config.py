@@ -105,6 +105,7 @@ class Chat(Section):
     max_waiting: int = Field(32, ge=0, le=512)
     kv_bytes: Size = 1 << 30
     deterministic: bool = False
+    compile: bool = True
     deadline_s: float = Field(85.0, gt=0, le=3600)
     stream_deadline_s: float = Field(600.0, gt=0, le=3600)
 

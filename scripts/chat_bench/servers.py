@@ -114,6 +114,14 @@ class HttpServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    def _read(self, path: str) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
@@ -175,7 +183,9 @@ default_size = "128x128"
 
     def is_ready(self) -> bool:
         status, answer = self._call("GET", self.ready_path, None)
-        return status == 200 and answer.get("status") in ("healthy", "ok", "ready")
+        if status != 200 or answer.get("status") not in ("healthy", "ok", "ready"):
+            return False
+        return b'{what="models_compiled"} 1' in self._read("/metrics")
 
     def body(self, ask: Ask) -> dict[str, Any]:
         return {

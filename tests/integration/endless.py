@@ -56,9 +56,14 @@ def endless_model() -> Path:
 
 
 def demo_profile(text: str) -> str:
-    """The text of the demo profile with the model "endless" beside the others."""
+    """The text of the demo profile with the model "endless" beside the others.
+
+    Nothing is compiled: in the background of many short-lived daemons it would take their time.
+    """
     served = 'models = ["demo-chat", "demo-base"]'
     assert served in text
+    assert "compile = true" in text
+    text = text.replace("compile = true", "compile = false")
     return text.replace(served, 'models = ["demo-chat", "demo-base", "endless"]') + (
         f'\n[[models]]\nid = "endless"\nkind = "chat"\npath = "{endless_model()}"\n'
         'dtype = "float32"\n'

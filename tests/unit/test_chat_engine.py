@@ -77,6 +77,7 @@ class Bench:
             self.outbox,
             kv_bytes=kv_blocks * BLOCK_BYTES,
             max_running=max_running,
+            compiles=False,
             clock=lambda: self.now,
         )
         self.engine.step()  # loads the model

@@ -76,6 +76,7 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
             outbox,
             kv_bytes=settings.chat.kv_bytes,
             max_running=settings.chat.max_running,
+            compiles=settings.chat.compile,
         )
     from worker.engine.media.engine import MediaEngine
 

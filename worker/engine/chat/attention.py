@@ -1,15 +1,19 @@
 """Attention over paged keys and values, in the place of the one that transformers brings.
 
 A pass packs tokens of many sequences into one row. Everything but attention treats each token
-alone; attention reads `PagedPass`, which travels through the model's forward as a keyword.
+alone; attention asks the pass that its thread computes (`computing`). It is an operator, so that
+the compiler sees one call and nothing of blocks and tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,6 +24,8 @@ from worker.engine.chat.scheduler import Piece
 
 NAME = "verbatim_paged"
 SHAPE_BLOCKS = 16  # of the deterministic lane: rows are padded to a multiple of so many
+# Compiled code takes any number of tokens but one, and any number of logits but none and one.
+LEAST_ROWS = 2
 MIN_COMMON_BLOCKS = 4  # with fewer, a second attention costs more than it saves
 
 
@@ -81,13 +87,17 @@ class PagedKV:
                 group[layer] = new
 
 
+# Numbers of blocks, (blocks,). A slice where they lie side by side: reading them copies nothing.
+_Blocks = torch.Tensor | slice
+
+
 @dataclass(frozen=True, slots=True)
 class _Prompt:
     """A piece of a prompt in a pass."""
 
     begin: int  # of its tokens in the packed row
     end: int
-    table: torch.Tensor  # (blocks,)
+    table: _Blocks
     length: int  # tokens of the sequence up to the piece's end
     mask: torch.Tensor | None  # (tokens, length) of bool; None: the sequence begins here
 
@@ -98,20 +108,29 @@ class _Decoding:
 
     begin: int
     end: int
-    common: torch.Tensor  # (blocks,): at the beginning of all of them
-    table: torch.Tensor  # (rows x blocks,): all others, padded
+    common: _Blocks | None  # at the beginning of all of them
+    table: _Blocks  # (rows x blocks,): all others, padded
     mask: torch.Tensor  # (rows, 1, 1, tokens of a row of `table`): 0, or the least number
 
 
 class PagedPass:
     """Where each token of one pass writes and what it reads.
 
-    Built anew for each pass; the model's forward carries it to every layer.
+    Built anew for each pass.
     """
 
-    def __init__(self, kv: PagedKV, pieces: Sequence[Piece], *, fixed_rows: int | None = None):
+    def __init__(
+        self,
+        kv: PagedKV,
+        pieces: Sequence[Piece],
+        *,
+        fixed_rows: int | None = None,
+        copies: bool = False,
+    ):
         """fixed_rows: the pass has decoding pieces only, and is padded to that many; each of them
         attends in a shape that depends on its own length alone. None: as fast as it goes.
+
+        copies: blocks are always copied side by side, so that how they lie cannot change a bit.
         """
         device, dtype = kv.keys[0].device, kv.keys[0].dtype
         self._kv = kv
@@ -137,20 +156,20 @@ class PagedPass:
             if piece.samples:
                 sampled.append(len(ids) - 1)
             if not piece.sequence.decoding:
-                table = torch.tensor(blocks[: blocks_for(piece.end)], device=device)
+                table = _found(blocks[: blocks_for(piece.end)], device, copies=copies)
                 count = piece.end - piece.begin
                 mask = None
                 if piece.begin:
                     mask = torch.ones(count, piece.end, dtype=torch.bool, device=device)
                     mask = mask.tril(diagonal=piece.begin)
                 self._prompts.append(_Prompt(begin, len(ids), table, piece.end, mask))
-        padding = [0] * (fixed_rows - len(ids) if fixed_rows else 0)
+        padding = [0] * ((fixed_rows or LEAST_ROWS) - len(ids))
         self.ids = torch.tensor([ids + padding], device=device)  # (1, tokens)
         self.positions = torch.tensor([positions + padding], device=device)
         self._slots = torch.tensor(slots, device=device)  # (tokens without padding,)
         # Places of the logits that are needed; of a padded pass all, so that their number is fixed.
-        kept = range(fixed_rows) if fixed_rows else sampled
-        self.kept = torch.tensor(list(kept), dtype=torch.long, device=device)
+        kept = [*range(fixed_rows)] if fixed_rows else sampled + [0] * (LEAST_ROWS - len(sampled))
+        self.kept = torch.tensor(kept, device=device)
         self._decoding: list[_Decoding] = []
         for _, like in groupby(decoding, key=width):
             group = list(like)
@@ -163,16 +182,20 @@ class PagedPass:
                 shared = 0
                 if device.type == "cpu" and not fixed_rows:
                     shared = _common_beginning(tables[begin : begin + rows])
-                self._add_decoding(part, wide, shared, dtype, device)
+                self._add_decoding(part, wide, shared, dtype, device, copies=copies)
 
     def _add_decoding(
         self, pieces: list[Piece], blocks: int, common: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, *, copies: bool,
     ) -> None:  # fmt: skip
         """blocks: that each row is padded to. common: blocks that all have."""
         tables = [piece.sequence.blocks for piece in pieces]
         # Padded with a block of its own: what is masked there must not be another's NaN.
-        rows = [table[common:] + table[-1:] * (blocks - len(table)) for table in tables]
+        rows = [
+            block
+            for table in tables
+            for block in (*table[common:], *table[-1:] * (blocks - len(table)))
+        ]
         ends = torch.tensor([piece.end for piece in pieces], device=device)
         at = torch.arange(common * BLOCK_TOKENS, blocks * BLOCK_TOKENS, device=device)
         mask = torch.zeros(len(pieces), 1, 1, len(at), dtype=dtype, device=device)
@@ -182,8 +205,8 @@ class PagedPass:
             _Decoding(
                 begin,
                 begin + len(pieces),
-                torch.tensor(tables[0][:common], dtype=torch.long, device=device),
-                torch.tensor(rows, device=device).flatten(),
+                _found(tables[0][:common], device, copies=copies) if common else None,
+                _found(rows, device, copies=copies),
                 mask,
             )
         )
@@ -201,15 +224,19 @@ class PagedPass:
         real = len(self._slots)
         keys.view(heads, -1, size).index_copy_(1, self._slots, key[0, :, :real])
         values.view(heads, -1, size).index_copy_(1, self._slots, value[0, :, :real])
-        out = query.new_zeros(1, query.shape[2], query.shape[1], size)
+        count = query.shape[2]
+        if len(self._decoding) == 1 and self._decoding[0].end == count:
+            [rows] = self._decoding
+            return _attend_decoding(rows, query[0], keys, values, scale)[None]
+        out = query.new_zeros(1, count, query.shape[1], size)
         for rows in self._decoding:
             part = query[0, :, rows.begin : rows.end]
             out[0, rows.begin : rows.end] = _attend_decoding(rows, part, keys, values, scale)
         for one in self._prompts:
             attended = scaled_dot_product_attention(
                 query[:, :, one.begin : one.end],
-                keys.index_select(1, one.table).view(1, heads, -1, size)[:, :, : one.length],
-                values.index_select(1, one.table).view(1, heads, -1, size)[:, :, : one.length],
+                _rows_of(keys, one.table, 1)[:, :, : one.length],
+                _rows_of(values, one.table, 1)[:, :, : one.length],
                 attn_mask=one.mask,
                 is_causal=one.mask is None,
                 scale=scale,
@@ -238,7 +265,7 @@ def _attend_decoding(
     # The query heads that share a key head are rows of one small matrix.
     grouped = query.view(heads, -1, count, size).permute(2, 0, 1, 3)
     own = (grouped, _rows_of(keys, rows.table, count), _rows_of(values, rows.table, count))
-    if not len(rows.common):
+    if rows.common is None:
         out = scaled_dot_product_attention(*own, attn_mask=rows.mask, scale=scale)
         return out.reshape(count, -1, size)
     # What all rows have in common is read once for all of them; the two parts are put together
@@ -275,14 +302,75 @@ def _attention_and_sums(
     return out, sums
 
 
-def _rows_of(pool: torch.Tensor, table: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows, heads, tokens, head size) of the blocks in `table`, which has those of each row."""
+def _found(blocks: Sequence[int], device: torch.device, *, copies: bool) -> _Blocks:
+    first, count = blocks[0], len(blocks)
+    if not copies and list(blocks) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(blocks, device=device)
+
+
+def _rows_of(pool: torch.Tensor, blocks: _Blocks, rows: int) -> torch.Tensor:
+    """(rows, heads, tokens, head size) of the blocks, which are those of each row in turn."""
     heads, _, _, size = pool.shape
-    return pool.index_select(1, table).view(heads, rows, -1, size).transpose(0, 1)
+    part = pool[:, blocks] if isinstance(blocks, slice) else pool.index_select(1, blocks)
+    return part.view(heads, rows, -1, size).transpose(0, 1)
 
 
+class Rehearsal:
+    """In the place of a PagedPass while code is compiled: each token sees itself only."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As PagedPass.attend."""
+        return (
+            value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+            .transpose(1, 2)
+            .contiguous()
+        )
+
+
+class _Attends(Protocol):
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor: ...
+
+
+_this_thread = threading.local()
+
+
+@contextmanager
+def computing(paged: _Attends) -> Iterator[None]:
+    """Within it, this thread's attention is that of this pass."""
+    _this_thread.paged = paged
+    try:
+        yield
+    finally:
+        del _this_thread.paged
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
+) -> torch.Tensor:
+    paged: _Attends = _this_thread.paged
+    return paged.attend(layer, query, key, value, scale)
+
+
+def _attended_shape(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
+) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+@cache
 def register() -> None:
     """Make NAME an attention implementation of transformers. Again is no harm."""
+    torch.library.define(
+        "verbatim::attend",
+        "(Tensor query, Tensor key, Tensor value, int layer, float scale) -> Tensor",
+    )
+    torch.library.impl("verbatim::attend", "default", _attend)
+    torch.library.register_fake("verbatim::attend", _attended_shape)
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _no_mask)
 
@@ -295,10 +383,9 @@ def _forward(
     attention_mask: None,
     *,
     scaling: float,
-    paged: PagedPass,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    return paged.attend(module.layer_idx, query, key, value, scaling), None
+    return torch.ops.verbatim.attend(query, key, value, module.layer_idx, scaling), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

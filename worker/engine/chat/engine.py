@@ -79,15 +79,18 @@ class ChatEngine:
         *,
         kv_bytes: int,
         max_running: int,
+        compiles: bool,
         clock: Callable[[], float] = time.monotonic,
     ):
         """preload: catalog ids that are loaded before the first request. kv_bytes, max_running:
-        of each model."""
+        of each model. compiles: whether models are compiled, in the background, once all of
+        `preload` are loaded."""
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
         self._kv_bytes = kv_bytes
         self._max_running = max_running
+        self._compiles = compiles
         self._clock = clock
         self._readers: dict[str, PromptReader] = {}
         self._models: Residents[LanguageModel] = Residents(
@@ -125,6 +128,7 @@ class ChatEngine:
             model_id = self._preload.popleft()
             quietly(lambda: self._models.ensure(model_id))
             return True
+        self._compile_what_is_loaded()
         began = self._begin_what_arrived()
         self._end_what_is_late()
         if not self._turns:
@@ -151,6 +155,7 @@ class ChatEngine:
                 "kv_blocks_used": sum(model.pool.used for model in models),
                 "kv_blocks_cached": sum(model.pool.cached for model in models),
                 "sequences_parked": sum(model.scheduler.parked for model in models),
+                "models_compiled": sum(model.forward.compiled for model in models),
             },
         )
 
@@ -308,6 +313,12 @@ class ChatEngine:
             self._turns.remove(model)
             model.pool.check()
             assert model.pool.used == 0, "blocks are used by no sequence"
+
+    def _compile_what_is_loaded(self) -> None:
+        # On a card the time goes into the kernels' launches, which CUDA graphs save.
+        if self._compiles and self._device.type == "cpu":
+            for model in self._models.loaded():
+                model.forward.compile_in_background(self._state_dir / "compiled")
 
     def _render(self, message: Render) -> Rendered:
         reader = self._reader(message.model)

@@ -14,7 +14,9 @@ from worker.catalog import ModelSpec
 from worker.engine.chat.attention import NAME as ATTENTION
 from worker.engine.chat.attention import PagedKV, register
 from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool
+from worker.engine.chat.forward import Forward
 from worker.engine.chat.grammar import Grammar, GrammarCompiler
+from worker.engine.chat.linear import can_pack, pack
 from worker.engine.chat.runner import Runner
 from worker.engine.chat.scheduler import Scheduler
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
@@ -128,7 +130,11 @@ class LanguageModel:
                 f"{block_bytes}"
             )
         kv = PagedKV(**shape, blocks=blocks, dtype=dtype, device=device)
-        self.runner = Runner(model.to(device).eval(), kv)
+        model = model.to(device).eval()
+        if device.type == "cpu" and can_pack(dtype):
+            pack(model)
+        self.forward = Forward(spec.id, model)
+        self.runner = Runner(self.forward, kv)
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(
             self.pool,

@@ -1,14 +1,14 @@
-"""One forward pass over the model's own code: planned pieces in, logits out."""
+"""From planned pieces to logits, and sequences to host memory and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from worker.engine.chat.attention import NAME, PagedKV, PagedPass
+from worker.engine.chat.attention import PagedKV, PagedPass
 from worker.engine.chat.cache import BlockPool
+from worker.engine.chat.forward import Forward
 from worker.engine.chat.scheduler import Piece, Scheduler, TokenSequence
 
 # Rows of every decoding pass of the deterministic lane, so that none depends on how many there are.
@@ -18,10 +18,8 @@ DECODING_ROWS = 16
 class Runner:
     """A causal language model of transformers over a paged KV pool. Engine thread only."""
 
-    def __init__(self, model: Any, kv: PagedKV):
-        """model: loaded with the attention implementation `attention.NAME`."""
-        assert model.config._attn_implementation == NAME
-        self._model = model
+    def __init__(self, forward: Forward, kv: PagedKV):
+        self._forward = forward
         self._kv = kv
         self._parked: dict[TokenSequence, torch.Tensor] = {}
 
@@ -41,20 +39,15 @@ class Runner:
             found |= self._pass(PagedPass(self._kv, plain))
         for begin in range(0, len(decoding), DECODING_ROWS):
             rows = decoding[begin : begin + DECODING_ROWS]
-            found |= self._pass(PagedPass(self._kv, rows, fixed_rows=DECODING_ROWS))
+            paged = PagedPass(self._kv, rows, fixed_rows=DECODING_ROWS, copies=True)
+            found |= self._pass(paged, compiled=False)
         for piece in prompts:
-            found |= self._pass(PagedPass(self._kv, [piece]))
+            found |= self._pass(PagedPass(self._kv, [piece], copies=True), compiled=False)
         return [found[piece] for piece in pieces if piece.samples]
 
-    def _pass(self, paged: PagedPass) -> dict[Piece, torch.Tensor]:
-        out = self._model(
-            input_ids=paged.ids,
-            position_ids=paged.positions,
-            use_cache=False,
-            logits_to_keep=paged.kept,
-            paged=paged,
-        )
-        return dict(zip(paged.order, out.logits[0], strict=False))  # padding has no piece
+    def _pass(self, paged: PagedPass, *, compiled: bool = True) -> dict[Piece, torch.Tensor]:
+        logits = self._forward(paged, compiled=compiled)
+        return dict(zip(paged.order, logits, strict=False))  # padding has no piece
 
     @torch.inference_mode()
     def park(self, sequence: TokenSequence, blocks: list[int]) -> None:

@@ -1,0 +1,82 @@
+"""Linear layers whose weights lie as the CPU's kernels read them.
+
+The library's own linear layer hands the weights over as they are in the file; for a few rows its
+kernel then takes two to five times as long. docs/performance.md
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+# The layout is chosen for so many rows. One that is good for a prompt's rows is good for few ones
+# too; one chosen for a single row is up to twice as slow for all others.
+LAYOUT_ROWS = 256
+
+
+@cache
+def _register() -> None:
+    """An operator of its own, because the compiler takes the library's only with weights that it
+    sorted itself, beside the ones that we hold."""
+    torch.library.define(
+        "verbatim::linear", "(Tensor x, Tensor weight, Tensor? bias, int features) -> Tensor"
+    )
+    torch.library.impl("verbatim::linear", "default", _packed)
+    torch.library.register_fake("verbatim::linear", _shape)
+
+
+def _packed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b for (..., in_features) -> (..., out_features), on a CPU."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        _register()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        # No parameters: they cannot be read, moved or saved like the file's.
+        weight = plain.weight.detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+        self._bias = None if plain.bias is None else plain.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.verbatim.linear(
+            x, self._weight, self._bias, self.out_features
+        )
+        return out
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this processor have the kernels."""
+    if not torch._C._has_mkldnn:
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+@torch.inference_mode()
+def pack(model: Any) -> None:
+    """Replace every linear layer of a model on the CPU by a packed one.
+
+    A weight that nothing else uses is held once, as before. An output layer that is tied to the
+    embedding becomes a second copy of it, because the embedding is read row by row.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
