@@ -90,7 +90,7 @@ class FakeLink:
         """Change what the engine last said of itself: fields of `State`."""
         assert self.view.state is not None
         state = msgspec.structs.replace(self.view.state, **changes)
-        self.view = replace(self.view, state=state)
+        self.view = replace(self.view, state=state, seen_at=time.monotonic())
 
     def goes_away(self, notice: EngineNotice | None = None) -> None:
         """Stop answering, as far as the front can see."""

@@ -106,6 +106,7 @@ class Chat(Section):
     kv_bytes: Size = 1 << 30
     deterministic: bool = False
     compile: bool = True
+    pinned_system_prompts: list[str] = []
     deadline_s: float = Field(85.0, gt=0, le=3600)
     stream_deadline_s: float = Field(600.0, gt=0, le=3600)
 

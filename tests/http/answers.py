@@ -26,7 +26,8 @@ def refused(answer: TestResponse, status: int, code: str) -> str:
     assert answer.status_code == status, raw
     assert answer.content_type == "application/json"
     body = json.loads(raw)
-    assert set(body) == {"success", "error", "error_code", "request_id"}
+    later = {"retry_after_s"} if "Retry-After" in answer.headers else set()
+    assert set(body) == {"success", "error", "error_code", "request_id"} | later
     assert body["success"] is False
     assert body["error_code"] == code, body
     assert isinstance(body["error"], str) and body["error"]

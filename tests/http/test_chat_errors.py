@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -481,6 +483,42 @@ def test_a_request_beyond_the_last_place_is_refused_with_when_to_come_back(
     assert str(len(slots)) in refused(answer, 429, "busy")
     assert retry_after(answer) >= 1
     assert chat.link.sent == []
+
+
+def test_who_is_refused_is_told_when_the_engine_expects_its_first_answer_to_end(
+    chat: ChatPort,
+) -> None:
+    chat.link.reports(gauges={"first_end_ms": 7400, "begin_ms": 9000})
+    slots = [chat.admission.enter() for _ in range(places(chat.settings))]
+
+    answer = chat.client.post("/chat", json=ASK)
+
+    for slot in slots:
+        slot.leave(served=False)
+    refused(answer, 429, "busy")
+    assert answer.get_json()["retry_after_s"] == pytest.approx(7.4, abs=0.5)
+    assert retry_after(answer) in (7, 8)
+
+
+def test_a_request_that_could_not_begin_before_its_deadline_is_refused_at_once(
+    chat: ChatPort,
+) -> None:
+    chat.link.reports(gauges={"first_end_ms": 2000, "begin_ms": 8000})
+
+    answer = chat.client.post("/chat", json=ASK | {"deadline_s": 3})
+
+    assert "deadline of 3 s" in refused(answer, 429, "busy")
+    assert answer.get_json()["retry_after_s"] == pytest.approx(5, abs=0.5)
+    assert chat.link.sent == []
+    assert chat.admission.taken == 0
+    assert chat.client.post("/chat", json=ASK | {"deadline_s": 9}).status_code == 200
+
+
+def test_what_the_engine_expected_long_ago_is_over(chat: ChatPort) -> None:
+    chat.link.reports(gauges={"first_end_ms": 4000, "begin_ms": 30_000})
+    chat.link.view = replace(chat.link.view, seen_at=time.monotonic() - 29)
+
+    assert chat.client.post("/chat", json=ASK | {"deadline_s": 2}).status_code == 200
 
 
 def test_no_more_requests_than_there_are_places_reach_the_engine(chat: ChatPort) -> None:

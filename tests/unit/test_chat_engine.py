@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from worker.config import REPOSITORY, load_settings
 from worker.engine.chat.attention import MIN_COMMON_BLOCKS
 from worker.engine.chat.engine import ChatEngine
 from worker.engine.chat.model import LanguageModel
+from worker.engine.chat.scheduler import Piece
 from worker.engine.host import Report, Ticket
 from worker.protocol.messages import (
     ChatMessage,
@@ -29,6 +31,7 @@ from worker.protocol.messages import (
     ModelChanged,
     Sampling,
     Token,
+    Tokens,
     UnloadModel,
 )
 from worker.receipt import ids_sha256
@@ -53,7 +56,10 @@ class Outbox:
         self.sent: dict[str, list[Message]] = {}
 
     def send(self, ticket: Ticket, message: Message) -> None:
-        self.sent.setdefault(ticket.request_id, []).append(message)
+        events = message.tokens if isinstance(message, Tokens) else (message,)
+        for event in events:
+            request_id = event.request_id if isinstance(event, Token) else ticket.request_id
+            self.sent.setdefault(request_id, []).append(event)
 
     def publish(self, report: Report) -> None:
         pass
@@ -65,7 +71,9 @@ class Outbox:
 class Bench:
     """An engine, and requests to it by name."""
 
-    def __init__(self, state_dir: Path, *, kv_blocks: int = 1024, max_running: int = 16):
+    def __init__(
+        self, state_dir: Path, *, kv_blocks: int = 1024, max_running: int = 16, **more: Any
+    ):
         settings = load_settings("demo", {"VERBATIM_STATE_DIR": str(state_dir)})
         self.outbox = Outbox()
         self.now = 0.0
@@ -78,6 +86,7 @@ class Bench:
             kv_bytes=kv_blocks * BLOCK_BYTES,
             max_running=max_running,
             compiles=False,
+            **more,
             clock=lambda: self.now,
         )
         self.engine.step()  # loads the model
@@ -620,6 +629,81 @@ def test_reports_have_what_an_operator_tunes_by(state_dir: Path) -> None:
     assert gauges["kv_blocks_used"] == 0
     assert gauges["kv_blocks_cached"] > 0
     assert gauges["sequences_parked"] == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_pinned_system_prompt_is_known_to_the_first_request_and_outlives_others(
+    state_dir: Path, deterministic: bool
+) -> None:
+    blocks = 60
+    bench = Bench(state_dir, kv_blocks=blocks, pinned=[SYSTEM], pinned_deterministic=deterministic)
+    unpinned = Bench(state_dir, kv_blocks=blocks)
+    for number in range(6):  # each fills half the pool with what nobody shares
+        for one in (bench, unpinned):
+            one.engine.submit(
+                Ticket(b"peer", f"other {number}"),
+                Generate(
+                    request_id=f"other {number}",
+                    model=MODEL,
+                    prompt=" ".join(f"{number} {word}" for word in PROMPTS[:12]),
+                    sampling=Sampling(max_tokens=4, temperature=0.0),
+                    stream=False,
+                    deterministic=False,
+                    deadline_s=60.0,
+                ),
+            )
+            one.run()
+    for one in (bench, unpinned):
+        one.ask("first", PROMPTS[0], deterministic=deterministic)
+        one.run()
+
+    found, cold = (finished(one.outbox.sent["first"][-1]).receipt for one in (bench, unpinned))
+    beginning = len(bench.model.reader.beginning(SYSTEM))
+    block = 64 if deterministic else 16
+    assert found["prompt_tokens_cached"] == beginning // block * block > 0
+    assert cold["prompt_tokens_cached"] == 0
+    assert found["completion_ids_sha256"] == cold["completion_ids_sha256"]
+
+
+def test_a_pinned_system_prompt_longer_than_the_pool_is_refused_with_both_counts(
+    state_dir: Path,
+) -> None:
+    bench = Bench(state_dir, kv_blocks=4, pinned=["word " * 200])
+
+    [state] = [one for one in bench.engine.report().models if one.id == MODEL]
+    assert state.status == "broken"
+    assert re.search(r"number 1 has \d{3,} tokens, and there is room for 64", state.problem or "")
+
+
+def test_ends_and_beginnings_are_foretold(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a refused client is told: within a fifth of what happens."""
+    bench = Bench(state_dir, max_running=1)
+    compute = bench.model.runner.run
+
+    def slowly(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        bench.now += 0.5
+        return compute(pieces)
+
+    monkeypatch.setattr(bench.model.runner, "run", slowly)
+    for name, tokens in (("first", 30), ("second", 20)):
+        bench.ask(name, PROMPTS[3], max_tokens=tokens)
+    for _ in range(4):
+        bench.engine.step()
+    began, gauges = bench.now, bench.engine.report().gauges
+    assert gauges is not None
+    ended: dict[str, float] = {}
+    while bench.engine.step():
+        for name, sent in bench.outbox.sent.items():
+            if isinstance(sent[-1], Generated):
+                assert sent[-1].finish_reason == "length"
+                ended.setdefault(name, bench.now - began)
+
+    assert gauges["first_end_ms"] / 1000 == pytest.approx(ended["first"], rel=0.2)
+    assert gauges["begin_ms"] / 1000 == pytest.approx(ended["second"], rel=0.2)
+    bench.now += 1
+    idle = bench.engine.report().gauges
+    assert idle is not None
+    assert (idle["first_end_ms"], idle["begin_ms"]) == (0, 0)
 
 
 def test_every_step_of_a_busy_engine_says_that_there_is_more(state_dir: Path) -> None:

@@ -42,6 +42,7 @@ from worker.protocol.messages import (
     ModelChanged,
     State,
     Token,
+    Tokens,
 )
 from worker.protocol.transport import (
     Client,
@@ -738,6 +739,24 @@ def test_a_request_gets_its_own_events_in_order(
     assert one.wait(DEADLINE_S) == loaded(1)
     assert two.wait(DEADLINE_S) == Token(request_id="r2", text="b", completion_tokens=1)
     assert two.wait(DEADLINE_S) == loaded(2)
+    link.release(one)
+    link.release(two)
+
+
+def test_tokens_that_come_together_reach_each_its_request(
+    link: Link, open_engine: Callable[[], Engine]
+) -> None:
+    engine = open_engine()
+    one, two = link.submit(load(1)), link.submit(load(2))
+    tokens = tuple(
+        Token(request_id=name, text=f"for {name}", completion_tokens=1)
+        for name in ("r1", "nobody", "r2")
+    )
+
+    engine.say(Tokens(tokens=tokens))
+
+    assert one.wait(DEADLINE_S) == tokens[0]
+    assert two.wait(DEADLINE_S) == tokens[2]
     link.release(one)
     link.release(two)
 

@@ -77,6 +77,8 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
             kv_bytes=settings.chat.kv_bytes,
             max_running=settings.chat.max_running,
             compiles=settings.chat.compile,
+            pinned=settings.chat.pinned_system_prompts,
+            pinned_deterministic=settings.chat.deterministic,
         )
     from worker.engine.media.engine import MediaEngine
 

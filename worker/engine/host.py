@@ -26,6 +26,7 @@ from worker.protocol.messages import (
     Message,
     ModelState,
     State,
+    Tokens,
 )
 from worker.protocol.transport import Peer, PeerGone, Server, Waker
 from worker.vram.probe import device_memory
@@ -189,7 +190,9 @@ class EngineHost:
             self._server.send(ticket.peer, message)
         except PeerGone:
             # Whoever asked has died; the work for it must not go on.
-            self._take(ticket.peer, Cancel(request_id=ticket.request_id))
+            tokens = message.tokens if isinstance(message, Tokens) else ()
+            for request_id in [token.request_id for token in tokens] or [ticket.request_id]:
+                self._take(ticket.peer, Cancel(request_id=request_id))
 
     def _tell(self, peers: dict[Peer, None], report: Report) -> None:
         memory = device_memory(self._device)

@@ -41,13 +41,16 @@ class Admission:
     def taken(self) -> int:
         return self._taken
 
-    def enter(self) -> Slot:
-        """Take a place. Raises Busy with when one should be free."""
+    def enter(self, free_in_s: float | None = None) -> Slot:
+        """Take a place. Raises Busy with when one should be free.
+
+        free_in_s: when the caller expects it; None: as long as it took of late between two answers.
+        """
         with self._lock:
             if self._taken >= self._places:
                 raise Busy(
                     f"{self._taken} requests are running or waiting, at most {self._places} may",
-                    retry_after_s=self._between_s,
+                    retry_after_s=self._between_s if free_in_s is None else free_in_s,
                 )
             self._taken += 1
         return Admission.Slot(self)

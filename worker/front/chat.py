@@ -17,6 +17,7 @@ from flask.typing import ResponseReturnValue
 from worker.catalog import Catalog, ModelSpec
 from worker.config import Chat, Limits
 from worker.errors import (
+    Busy,
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
@@ -245,7 +246,14 @@ class ChatService:
         self._link.require_connected()
         if parsed.schema is not None:
             self._schemas.check(parsed.schema)
-        slot = self._admission.enter()
+        ends_s, begins_s = self._expected()
+        if begins_s is not None and begins_s > parsed.deadline_s:
+            raise Busy(
+                f"requests that came before keep the engine busy for about {begins_s:.0f} s, "
+                f"longer than this one's deadline of {parsed.deadline_s:g} s",
+                retry_after_s=begins_s - parsed.deadline_s,
+            )
+        slot = self._admission.enter(ends_s)
         ticket = f"{request_id}#{next(self._numbers)}"  # unique, whatever ids clients choose
         message = Generate(
             request_id=ticket,
@@ -264,6 +272,18 @@ class ChatService:
             slot.leave(served=False)
             raise
         return Generation(self._link, mailbox, slot, parsed.deadline_s, self._observe)
+
+    def _expected(self) -> tuple[float | None, float | None]:
+        """Seconds until the engine's first answer ends and until a new request would begin, as it
+        said; None where it cannot say."""
+        view = self._link.view
+        gauges = view.state.gauges if view.state is not None else {}
+        age_s = time.monotonic() - view.seen_at
+        ends_ms, begins_ms = gauges.get("first_end_ms"), gauges.get("begin_ms")
+        return (
+            max(0.0, ends_ms / 1000 - age_s) if ends_ms else None,
+            max(0.0, begins_ms / 1000 - age_s) if begins_ms else None,
+        )
 
     def render(self, parsed: ChatRequest, request_id: str) -> Rendered:
         """The prompt that `parsed` would run, as text and ids."""

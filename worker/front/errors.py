@@ -83,7 +83,10 @@ def relayed(failure: Failed) -> WorkerError:
 
 
 def _answer(status: int, code: str, text: str, retry_after_s: float | None) -> Response:
-    answer = jsonify(body(code, text))
+    told = body(code, text)
+    if retry_after_s is not None:  # the header has whole seconds only
+        told["retry_after_s"] = round(retry_after_s, 2)
+    answer = jsonify(told)
     answer.status_code = status
     if retry_after_s is not None:
         answer.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))

@@ -25,6 +25,7 @@ from worker.protocol.messages import (
     Hello,
     Message,
     State,
+    Tokens,
     failed,
 )
 from worker.protocol.transport import Client, Connected, Disconnected, NotConnected, Waker
@@ -98,6 +99,7 @@ class EngineView:
     name: str
     state: State | None = None  # None: it does not answer
     notice: EngineNotice | None = None  # from the orchestrator, when it does not run
+    seen_at: float = 0.0  # monotonic; when `state` came
     lost_at: float | None = None  # monotonic; when it went away
     start_s: float = TYPICAL_START_S  # how long it was away the last time
 
@@ -210,10 +212,16 @@ class Link:
                 self._lose_engine()
             case State():
                 self._see(event)
+            case Tokens():
+                for token in event.tokens:
+                    self._deliver(token.request_id, token)
             case _:
-                mailbox = self._pending.get(event.request_id)  # type: ignore[attr-defined]
-                if mailbox is not None:
-                    mailbox.put(event)
+                self._deliver(event.request_id, event)  # type: ignore[attr-defined]
+
+    def _deliver(self, request_id: str, event: Message) -> None:
+        mailbox = self._pending.get(request_id)
+        if mailbox is not None:
+            mailbox.put(event)
 
     def _see(self, state: State) -> None:
         now = time.monotonic()
@@ -222,7 +230,7 @@ class Link:
             log.info("%s answers", view.name)
             away_s = now - view.lost_at if view.lost_at is not None else view.start_s
             view = replace(view, notice=None, lost_at=None, start_s=away_s)
-        self.view = replace(view, state=state)
+        self.view = replace(view, state=state, seen_at=now)
 
     def _lose_engine(self) -> None:
         log.warning("%s is gone with %d requests", self.view.name, len(self._pending))

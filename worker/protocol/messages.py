@@ -13,7 +13,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 2
+VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -162,6 +162,12 @@ class Token(Message, frozen=True, kw_only=True):
     request_id: str
     text: str  # may be empty: a token that ends inside a character, or inside a stop string
     completion_tokens: int  # so far
+
+
+class Tokens(Message, frozen=True, kw_only=True):
+    """New text of several requests of one peer, from one pass."""
+
+    tokens: tuple[Token, ...]
 
 
 class Generated(Message, frozen=True, kw_only=True):
@@ -316,6 +322,7 @@ AnyMessage = (
     | Render
     | Rendered
     | Token
+    | Tokens
     | Generated
     | RenderJob
     | Progress

@@ -41,7 +41,8 @@ class BlockPool:
     """Free, used and cached blocks of one model's KV pool. Engine thread only.
 
     Every block is in exactly one state: free, used by one or more sequences, or cached (full,
-    named, and used by none). Cached blocks go least recently used first.
+    named, and used by none). Cached blocks go least recently used first, and those with a name in
+    `pinned` when there is no other.
     """
 
     def __init__(self, count: int):
@@ -51,6 +52,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self.pinned: frozenset[bytes] = frozenset()
 
     @property
     def available(self) -> int:
@@ -92,8 +94,7 @@ class BlockPool:
             if self._free:
                 block = self._free.pop()
             else:
-                block, _ = self._cached.popitem(last=False)
-                self._forget(block)
+                block = self._evict()
             self._users[block] = 1
             blocks.append(block)
         return blocks
@@ -144,8 +145,7 @@ class BlockPool:
         if count < self.used:
             raise ValueError(f"{self.used} blocks are used, more than {count}")
         while self.used + self.cached > count:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
+            self._evict()
         moves = {old: new for new, old in enumerate([*sorted(self._users), *self._cached])}
         self._users = {moves[block]: users for block, users in self._users.items()}
         self._cached = OrderedDict((moves[block], None) for block in self._cached)
@@ -165,6 +165,13 @@ class BlockPool:
         )
         assert not set(self._free) & set(self._name_of), "a free block has a name"
         assert set(self._cached) <= set(self._name_of), "a cached block has no name"
+
+    def _evict(self) -> int:
+        unpinned = (block for block in self._cached if self._name_of[block] not in self.pinned)
+        block = next(unpinned, next(iter(self._cached)))
+        del self._cached[block]
+        self._forget(block)
+        return block
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._name_of.pop(block)]

@@ -19,6 +19,7 @@ import torch
 
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
+from worker.engine.chat.forecast import Forecast, Pace, Work, forecast
 from worker.engine.chat.model import LanguageModel, PromptReader
 from worker.engine.chat.request import Request
 from worker.engine.chat.sampling import NotANumber, draw
@@ -35,13 +36,16 @@ from worker.protocol.messages import (
     Render,
     Rendered,
     Token,
+    Tokens,
     UnloadModel,
     failed,
 )
+from worker.protocol.transport import Peer
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+FORECAST_EVERY_S = 0.1
 # Totals of the engine's report. sequences_in_passes / passes is the mean batch;
 # prompt_tokens_cached / prompt_tokens the share that the prefix cache saved.
 COUNTERS = (
@@ -80,17 +84,22 @@ class ChatEngine:
         kv_bytes: int,
         max_running: int,
         compiles: bool,
+        pinned: Sequence[str] = (),
+        pinned_deterministic: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         """preload: catalog ids that are loaded before the first request. kv_bytes, max_running:
         of each model. compiles: whether models are compiled, in the background, once all of
-        `preload` are loaded."""
+        `preload` are loaded. pinned: system prompts that are computed when a model is loaded and
+        stay cached, in the lane that `pinned_deterministic` says."""
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
         self._kv_bytes = kv_bytes
         self._max_running = max_running
         self._compiles = compiles
+        self._pinned = tuple(pinned)
+        self._pinned_deterministic = pinned_deterministic
         self._clock = clock
         self._readers: dict[str, PromptReader] = {}
         self._models: Residents[LanguageModel] = Residents(
@@ -102,6 +111,9 @@ class ChatEngine:
         self._of_sequence: dict[TokenSequence, Request] = {}
         self._turns: deque[LanguageModel] = deque()  # models with work, next one first
         self._counters = Counter[str]()
+        self._pace = Pace()
+        self._forecast = Forecast()
+        self._forecast_until = 0.0
 
     # --- what the host calls -------------------------------------------------------------------
 
@@ -133,18 +145,24 @@ class ChatEngine:
         self._end_what_is_late()
         if not self._turns:
             return began
+        started = self._clock()
         model = self._turns[0]
         self._turns.rotate(-1)
         plan = model.scheduler.plan()
         self._move(model, plan)
-        for piece, token in self._compute(model, plan.pieces):
-            self._emit(piece, token)
+        drawn = self._compute(model, plan.pieces)
+        prompt_tokens = sum(p.end - p.begin for p in plan.pieces if not p.sequence.decoding)
+        # Models take turns, so for each of them a pass lasts as long as one of all of them.
+        seconds = (self._clock() - started) * len(self._turns)
+        self._pace = self._pace.after_pass(seconds, prompt_tokens)
+        self._emit(drawn)
         return True
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
         models = self._models.loaded()
         running = sum(model.scheduler.running for model in models)
+        expected = self._expected()
         return self._models.report(
             more_to_load=bool(self._preload),
             active=running,
@@ -155,6 +173,8 @@ class ChatEngine:
                 "kv_blocks_used": sum(model.pool.used for model in models),
                 "kv_blocks_cached": sum(model.pool.cached for model in models),
                 "sequences_parked": sum(model.scheduler.parked for model in models),
+                "first_end_ms": round(expected.first_end_s * 1000),
+                "begin_ms": round(expected.begin_s * 1000),
                 "models_compiled": sum(model.forward.compiled for model in models),
             },
         )
@@ -276,29 +296,39 @@ class ChatEngine:
             self._end(request, exc)
             return None
 
-    def _emit(self, piece: Piece, token: int) -> None:
-        """Send what a token means: text, or the end."""
-        request = self._of_sequence[piece.sequence]
+    def _emit(self, drawn: Sequence[tuple[Piece, int]]) -> None:
+        """Send what the tokens of a pass mean: text, together for each peer, and then ends."""
+        texts: dict[Peer, list[Token]] = {}
+        ended = []
         now = self._clock()
+        for piece, token in drawn:
+            request = self._of_sequence[piece.sequence]
+            text = self._take(request, token, now)
+            if request.message.stream and (text or request.finish_reason is None):
+                texts.setdefault(request.ticket.peer, []).append(
+                    Token(
+                        request_id=request.ticket.request_id,
+                        text=text,
+                        completion_tokens=request.completion_tokens,
+                    )
+                )
+            if request.finish_reason is not None:
+                ended.append(request)
+        for peer, tokens in texts.items():
+            self._send(Ticket(peer, ""), Tokens(tokens=tuple(tokens)))
+        for request in ended:
+            self._counters["requests_served"] += 1
+            self._pace = self._pace.after_answer(request.completion_tokens, request.sequence.limit)
+            self._send(request.ticket, request.result(now))
+            self._forget(request)
+
+    def _take(self, request: Request, token: int, now: float) -> str:
         if not request.completion_tokens:
             request.first_token = now
             self._counters["prompt_tokens"] += request.sequence.prompt_tokens
             self._counters["prompt_tokens_cached"] += request.sequence.cached
         self._counters["tokens_generated"] += 1
-        text = request.take(token)
-        if request.message.stream and (text or request.finish_reason is None):
-            self._send(
-                request.ticket,
-                Token(
-                    request_id=request.ticket.request_id,
-                    text=text,
-                    completion_tokens=request.completion_tokens,
-                ),
-            )
-        if request.finish_reason is not None:
-            self._counters["requests_served"] += 1
-            self._send(request.ticket, request.result(now))
-            self._forget(request)
+        return request.take(token)
 
     def _end(self, request: Request, error: WorkerError) -> None:
         self._fail(request.ticket, error)
@@ -313,6 +343,21 @@ class ChatEngine:
             self._turns.remove(model)
             model.pool.check()
             assert model.pool.used == 0, "blocks are used by no sequence"
+
+    def _expected(self) -> Forecast:
+        """Of all models together: as exact as the places of the fullest one allow."""
+        now = self._clock()
+        if now >= self._forecast_until:
+            self._forecast_until = now + FORECAST_EVERY_S
+            running: list[Work] = []
+            waiting = [_new_work(one.message) for one in self._arrived]
+            for model in self._models.loaded():
+                for index, sequence in enumerate(model.scheduler):
+                    group = running if index < model.scheduler.running else waiting
+                    group.append(_work(sequence))
+            places = self._max_running * max(1, len(self._turns))
+            self._forecast = forecast(running, waiting, places, self._pace)
+        return self._forecast
 
     def _compile_what_is_loaded(self) -> None:
         # On a card the time goes into the kernels' launches, which CUDA graphs save.
@@ -333,7 +378,7 @@ class ChatEngine:
         )
 
     def _load(self, spec: ModelSpec) -> LanguageModel:
-        return LanguageModel(
+        model = LanguageModel(
             spec,
             self._device,
             self._state_dir,
@@ -341,6 +386,8 @@ class ChatEngine:
             kv_bytes=self._kv_bytes,
             max_running=self._max_running,
         )
+        model.pin(self._pinned, deterministic=self._pinned_deterministic)
+        return model
 
     def _reader(self, model_id: str) -> PromptReader:
         if model_id not in self._readers:
@@ -357,6 +404,17 @@ class ChatEngine:
 
     def _send(self, ticket: Ticket, message: Message) -> None:
         self._outbox.send(ticket, message)
+
+
+def _work(sequence: TokenSequence) -> Work:
+    done = len(sequence.ids) - sequence.prompt_tokens
+    left = 0 if done else sequence.prompt_tokens - sequence.computed
+    return Work(prompt_tokens=left, done=done, allowed=sequence.limit)
+
+
+def _new_work(message: Message) -> Work:
+    allowed = message.sampling.max_tokens if isinstance(message, Generate) else 1
+    return Work(prompt_tokens=0, done=0, allowed=allowed)
 
 
 def _too_late(deadline_s: float) -> DeadlineExceeded:

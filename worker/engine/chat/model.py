@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from worker.engine.chat.forward import Forward
 from worker.engine.chat.grammar import Grammar, GrammarCompiler
 from worker.engine.chat.linear import can_pack, pack
 from worker.engine.chat.runner import Runner
-from worker.engine.chat.scheduler import Scheduler
+from worker.engine.chat.scheduler import Scheduler, TokenSequence
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
 from worker.errors import ConfigError, ModelUnavailable
@@ -66,6 +67,19 @@ class PromptReader:
             end_id = min(self._template_end() or self.end_ids)
             self._compiler = GrammarCompiler(file, vocabulary=vocabulary, end_id=end_id)
         return self._compiler.compile(schema)
+
+    def beginning(self, system_prompt: str) -> list[int]:
+        """The ids that all chats with this system prompt begin with."""
+        first, second = (
+            self.read((ChatMessage("system", system_prompt), ChatMessage("user", user)), None)[1]
+            for user in ("a", "b")
+        )
+        return [
+            one
+            for one, _ in takewhile(
+                lambda pair: pair[0] == pair[1], zip(first, second, strict=False)
+            )
+        ]
 
     def read(
         self, messages: Sequence[ChatMessage], prompt: str | None
@@ -142,6 +156,30 @@ class LanguageModel:
             pass_tokens=max(max_running, PASS_TOKENS[device.type]),
         )
         self.reader = reader
+
+    def pin(self, system_prompts: Sequence[str], *, deterministic: bool) -> None:
+        """Compute the beginnings of chats with these system prompts, and keep them cached.
+
+        Called before there are sequences. Raises ModelUnavailable for one that does not fit.
+        """
+        names: set[bytes] = set()
+        for number, text in enumerate(system_prompts, 1):
+            ids = self.reader.beginning(text)
+            sequence = TokenSequence(ids, 1, deterministic=deterministic)
+            if len(ids) > self.context_tokens:
+                raise ModelUnavailable(
+                    f"[chat] pinned_system_prompts: number {number} has {len(ids)} tokens, and "
+                    f"there is room for {self.context_tokens}"
+                )
+            self.scheduler.add(sequence)
+            while sequence.computed < len(ids):
+                pieces = self.scheduler.plan().pieces
+                self.runner.run(pieces)
+                for piece in pieces:
+                    self.scheduler.computed(piece)
+            names |= set(sequence.names)
+            self.scheduler.remove(sequence)
+        self.pool.pinned = frozenset(names)
 
     @property
     def context_tokens(self) -> int:

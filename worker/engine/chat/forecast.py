@@ -1,0 +1,83 @@
+"""When a request will end and a new one could begin, from what is left and how fast it goes.
+
+Pure: the numbers in, the seconds out. A forecast is told to clients (`Retry-After`) and decides
+whether a request can begin before its deadline.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+SMOOTHING = 0.1  # weight of a new observation
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast it goes, of late."""
+
+    pass_s: float = 0.0  # a pass that decodes; 0: none was seen
+    prompt_token_s: float = 0.0  # what a token of a prompt adds to a pass
+    share: float = 1.0  # of the tokens that were allowed, how many came; 0 to 1
+
+    def after_pass(self, seconds: float, prompt_tokens: int) -> Pace:
+        """With one more pass, which took `seconds`."""
+        if not prompt_tokens:
+            return replace(self, pass_s=_smoothed(self.pass_s, seconds))
+        each = max(0.0, seconds - self.pass_s) / prompt_tokens
+        return replace(self, prompt_token_s=_smoothed(self.prompt_token_s, each))
+
+    def after_answer(self, tokens: int, allowed: int) -> Pace:
+        """With one more answer, of `tokens` where `allowed` were."""
+        return replace(self, share=_smoothed(self.share, tokens / allowed))
+
+
+def _smoothed(before: float, new: float) -> float:
+    return before + SMOOTHING * (new - before) if before else new
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is left of one request."""
+
+    prompt_tokens: int  # still to compute
+    done: int  # tokens of the answer
+    allowed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    first_end_s: float = 0.0  # until the first running request ends; 0 where nothing runs
+    begin_s: float = 0.0  # until a request that came now would begin
+
+
+def forecast(running: Sequence[Work], waiting: Sequence[Work], places: int, pace: Pace) -> Forecast:
+    """running, waiting: in the order in which they came. places: that requests may run in."""
+    queue = deque(waiting)
+    ends = [_tokens_left(work, pace.share) for work in running]  # numbers of passes from now
+    heapq.heapify(ends)
+    passes = 0.0
+    seconds = sum(work.prompt_tokens for work in running) * pace.prompt_token_s
+    first_end_s = begin_s = 0.0
+    while queue or len(ends) >= places:
+        while queue and len(ends) < places:
+            work = queue.popleft()
+            seconds += work.prompt_tokens * pace.prompt_token_s
+            heapq.heappush(ends, passes + _tokens_left(work, pace.share))
+        if len(ends) >= places:
+            end = heapq.heappop(ends)
+            seconds += (end - passes) * pace.pass_s
+            passes = end
+            first_end_s = first_end_s or seconds
+        begin_s = seconds
+    if ends and not first_end_s:
+        first_end_s = seconds + (ends[0] - passes) * pace.pass_s
+    return Forecast(first_end_s, begin_s)
+
+
+def _tokens_left(work: Work, share: float) -> float:
+    """Passes until a request ends, at least one."""
+    usual = share * work.allowed - work.done
+    return max(1.0, usual, share * (work.allowed - work.done))
