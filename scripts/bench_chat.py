@@ -190,7 +190,7 @@ def _record(
 
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -208,7 +208,7 @@ def _record(
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -361,3 +361,24 @@ def test_blocks_for_counts_begun_blocks() -> None:
 def test_deciding_needs_no_torch() -> None:
     code = "import sys, worker.engine.chat.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pinned_blocks_go_when_there_is_no_other_and_the_oldest_of_others_first() -> None:
+    pool = BlockPool(4)
+    blocks = pool.take(4)
+    for block, name in zip(blocks, (b"pin", b"old", b"new", b"pin too"), strict=True):
+        pool.name(block, name)
+    pool.pinned = frozenset({b"pin", b"pin too"})
+    for block in blocks:
+        pool.release([block])
+
+    for gone, known in (
+        (b"old", (b"pin", b"new", b"pin too")),
+        (b"new", (b"pin", b"pin too")),
+        (b"pin", (b"pin too",)),
+        (b"pin too", ()),
+    ):
+        pool.take(1)
+        pool.check()
+        assert not pool.find([gone])
+        assert all(pool.find([name]) for name in known)
