@@ -238,5 +238,11 @@ def transformers_serve(
         command.append("--continuous-batching")
     env = {"HF_HUB_OFFLINE": "1"}
     server = HttpServer(name, command, port, work / f"{name.replace(' ', '-')}.log", env)
-    server.body = lambda ask: {**HttpServer.body(server, ask), "model": str(model)}  # type: ignore[method-assign]
+
+    def body(ask: Ask) -> dict[str, Any]:
+        asked = {**HttpServer.body(server, ask), "model": str(model)}
+        del asked["ignore_eos"]  # it takes no such field; random weights do not end by themselves
+        return asked
+
+    server.body = body  # type: ignore[method-assign]
     return server
