@@ -188,14 +188,15 @@ def _refused(server: Verbatim) -> tuple[float, float]:
     started = time.perf_counter()
     told = 0.0
     while True:
+        sent = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
         body = json.dumps({**server.body(Ask("s", "one more", 1)), "stream": True})
         connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         answer = response.read() if response.status == 429 else b""
         connection.close()
-        if response.status != 429:
-            return told, time.perf_counter() - started
+        if response.status != 429:  # taken when it was sent; it answers when its turn comes
+            return told, sent - started
         told = told or float(json.loads(answer)["retry_after_s"])
         time.sleep(0.02)
 
