@@ -160,3 +160,13 @@ def test_without_a_compiler_it_stays_uncompiled_and_says_so_once(
     assert "g++" in line
     with torch.inference_mode():
         assert forward(a_pass([3])[1]).shape == (2, 99)
+
+
+def test_a_folder_with_a_space_in_its_path_is_named_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forward = Forward("model", a_model(4))
+    forward.compile_in_background(tmp_path / "a b" / "compiled")
+
+    assert not forward.wait_until_compiled(60)
+    assert f"{tmp_path}/a b/compiled has one; VERBATIM_STATE_DIR" in caplog.text

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from worker.engine.chat.attention import NAME, PagedPass, Rehearsal, computing
+from worker.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,11 @@ class Forward:
         log.info("%s is compiled after %.1f s", self._name, time.monotonic() - started)
 
     def _compiled_and_checked(self, cache: Path) -> _Run:
+        if any(char.isspace() for char in str(cache)):
+            raise ConfigError(
+                f"the compiler takes no folder with a space in its path, and {cache} has one; "
+                "VERBATIM_STATE_DIR names another"
+            )
         cache.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         if sys.platform == "linux":  # elsewhere a priority is the whole process's
