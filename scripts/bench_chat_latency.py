@@ -1,4 +1,4 @@
-"""Chat latency over HTTP: streams, time to first token, refusals and /health under load.
+"""Chat latency over HTTP: streams, time to first token, and what a refused request is told.
 
     python scripts/bench_chat_latency.py
     python scripts/bench_chat_latency.py --size 120 --json out.json
@@ -10,8 +10,10 @@ things are compared:
     first       time to the first token of a 1,000-token prompt: nothing of it cached, against all
                 but its end cached
     added       what HTTP, the front and the link add to the engine's own time to the first token
-    health      GET /health while 16 clients generate
     refusal     retry_after_s of a refused request against when a place was free
+
+/health under load is measured by scripts/bench_health.py. The worker is measured once it is
+compiled, which needs g++ and python3-dev.
 
 Prints a table and writes JSON. Exit codes: 0 measured; 2 usage; 130 interrupted.
 """
@@ -25,7 +27,6 @@ import random
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,26 +145,6 @@ def added(server: Verbatim) -> list[dict[str, Any]]:
     return rows
 
 
-def health(server: Verbatim) -> dict[str, Any]:
-    """Milliseconds of GET /health while 16 clients generate."""
-    times: list[float] = []
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.02):
-            started = time.perf_counter()
-            server.is_ready()
-            times.append(1e3 * (time.perf_counter() - started) / 2)  # it reads /metrics too
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(server.answer, shared(random.Random(400), 6 * CLIENTS)))
-    done.set()
-    watcher.join()
-    return _spread(f"/health with {CLIENTS} clients", "ms", times)
-
-
 def refusals(server: Verbatim, rounds: int) -> dict[str, Any]:
     """What a refused request was told, as a share of what happened."""
     shares = []
@@ -235,7 +216,6 @@ def _rows(args: argparse.Namespace, server: Verbatim, library: Library) -> Itera
     yield streaming(server, args.rounds)
     yield first_token(server, args.rounds)
     yield from added(server)
-    yield health(server)
     yield refusals(server, args.rounds)
 
 

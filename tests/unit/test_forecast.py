@@ -71,8 +71,7 @@ def test_it_is_what_a_simulation_pass_by_pass_finds(
             seconds += one.prompt_tokens * PACE.prompt_token_s
             left.append(one.allowed)
         if begins is None and not queue and len(left) < places:
-            begins = seconds if waiting and first_end is not None else None
-            begins = begins if begins is not None else (seconds if waiting else 0.0)
+            begins = seconds if waiting else 0.0
         if not left:
             break
         seconds += PACE.pass_s

@@ -1,7 +1,7 @@
 """Linear layers whose weights lie as the CPU's kernels read them.
 
 The library's own linear layer hands the weights over as they are in the file; for a few rows its
-kernel then takes two to five times as long. docs/performance.md
+kernel then takes up to five times as long (scripts/bench_linear.py).
 """
 
 from __future__ import annotations
