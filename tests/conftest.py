@@ -3,6 +3,8 @@ this file too, and stay quick."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,16 @@ MEDIA_MODELS = (
     ),
     ModelState(id=VIDEO, kind="wan", status="unloaded", display_name=VIDEO),
 )
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """This process has the kernels of its CPU; building them takes a quarter of a minute."""
+    if shutil.which("g++") is None or sys.platform != "linux":
+        pytest.skip("no C++ compiler on this machine")
+    from worker.engine.chat.kernels import load
+
+    load(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from worker.catalog import chat_catalog
 from worker.config import REPOSITORY, load_settings
-from worker.engine.chat.attention import MIN_COMMON_BLOCKS
+from worker.engine.chat.attention import PagedKV
 from worker.engine.chat.engine import ChatEngine
 from worker.engine.chat.model import LanguageModel
 from worker.engine.chat.scheduler import Piece
@@ -43,7 +43,8 @@ SYSTEM = (
     "Do not change the subject. Do not add new objects. Mention camera, lens and lighting. Write "
     "one paragraph. Do not use quotation marks. Preserve the meaning of the original. Use commas "
     "between the details. Be vivid and concrete. Never contradict the user. Write in English."
-)  # long enough that its blocks are attended to once for all rows
+)
+SYSTEM_BLOCKS = 4  # at least, that all rows have in common
 # Of demo-chat: 4 layers, 2 heads of 48, keys and values, 16 tokens, float32.
 BLOCK_BYTES = 2 * 4 * 2 * 48 * 16 * 4
 TOKENS = 8
@@ -188,10 +189,18 @@ def finished(result: Message) -> Generated:
 
 
 @pytest.mark.timeout(900)  # half a minute on two free cores
-@pytest.mark.parametrize("at_once", [1, 4, 16])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("at_once", "kernel"), [(1, True), (4, True), (16, True), (4, False), (16, False)]
+)
 def test_greedy_tokens_are_those_of_generate_with_a_cold_and_a_warm_cache(
-    at_once: int, state_dir: Path, expected: list[str]
+    at_once: int,
+    kernel: bool,
+    state_dir: Path,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(PagedKV, "has_kernel", lambda _: kernel)
     bench = Bench(state_dir, max_running=at_once)
 
     for cached in (False, True):
@@ -202,7 +211,7 @@ def test_greedy_tokens_are_those_of_generate_with_a_cold_and_a_warm_cache(
         assert hashes(results) == expected
         # The first one cannot have found anything, and each later one finds the system prompt.
         assert (finished(results["0"]).receipt["prompt_tokens_cached"] > 0) == cached
-        assert finished(results["1"]).receipt["prompt_tokens_cached"] >= 16 * MIN_COMMON_BLOCKS
+        assert finished(results["1"]).receipt["prompt_tokens_cached"] >= 16 * SYSTEM_BLOCKS
 
 
 def test_greedy_tokens_are_those_of_generate_in_small_pieces(
@@ -712,3 +721,19 @@ def test_every_step_of_a_busy_engine_says_that_there_is_more(state_dir: Path) ->
     assert not stepping()
     bench.ask("one", PROMPTS[0])
     assert stepping()
+
+
+def test_waiting_begins_when_the_process_has_the_message_not_when_the_engine_takes_it(
+    state_dir: Path,
+) -> None:
+    bench = Bench(state_dir)
+    bench.now = 10.0
+    ticket = Ticket(b"peer", "1", received=9.25)
+    message = Generate(
+        request_id="1", model=MODEL, messages=(ChatMessage("user", "a"),),
+        sampling=Sampling(max_tokens=1, temperature=0.0), stream=False, deadline_s=60.0,
+    )  # fmt: skip
+    bench.engine.submit(ticket, message)
+    answer = bench.run()["1"]
+    assert isinstance(answer, Generated)
+    assert answer.queue_s == 0.75

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +43,8 @@ class Ticket:
 
     peer: Peer
     request_id: str
+    # Monotonic, when this process had it: an engine takes it only between two steps.
+    received: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ class EngineHost:
 
     def _take(self, peer: Peer, message: Message) -> None:
         request_id: str = getattr(message, "request_id", "")
-        self._inbox.append((Ticket(peer, request_id), message))
+        self._inbox.append((Ticket(peer, request_id, time.monotonic()), message))
         self._inbox_filled.set()
 
     def _give(self, ticket: Ticket, message: Message) -> None:

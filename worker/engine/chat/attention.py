@@ -20,13 +20,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from worker.engine.chat.cache import BLOCK_TOKENS, blocks_for
+from worker.engine.chat.kernels import can_decode
 from worker.engine.chat.scheduler import Piece
 
 NAME = "verbatim_paged"
 SHAPE_BLOCKS = 16  # of the deterministic lane: rows are padded to a multiple of so many
 # Compiled code takes any number of tokens but one, and any number of logits but none and one.
 LEAST_ROWS = 2
-MIN_COMMON_BLOCKS = 4  # with fewer, a second attention costs more than it saves
 
 
 class PagedKV:
@@ -47,6 +47,11 @@ class PagedKV:
     @property
     def blocks(self) -> int:
         return self.keys[0].shape[1]
+
+    def has_kernel(self) -> bool:
+        """Whether `verbatim::decode` takes these keys and values, now that it may be loaded."""
+        one = self.keys[0]
+        return can_decode(one.shape[-1], one.dtype, one.device)
 
     @staticmethod
     def block_bytes(*, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
@@ -108,9 +113,17 @@ class _Decoding:
 
     begin: int
     end: int
-    common: _Blocks | None  # at the beginning of all of them
-    table: _Blocks  # (rows x blocks,): all others, padded
+    table: _Blocks  # (rows x blocks,): each row's, padded
     mask: torch.Tensor  # (rows, 1, 1, tokens of a row of `table`): 0, or the least number
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The decoding rows of a pass, for the kernel."""
+
+    blocks: torch.Tensor  # (rows, blocks of the longest) of int32
+    ends: torch.Tensor  # (rows,) of int32: tokens of each
+    common: int  # blocks at the beginning of all of them
 
 
 class PagedPass:
@@ -126,11 +139,13 @@ class PagedPass:
         *,
         fixed_rows: int | None = None,
         copies: bool = False,
+        kernel: bool = False,
     ):
         """fixed_rows: the pass has decoding pieces only, and is padded to that many; each of them
         attends in a shape that depends on its own length alone. None: as fast as it goes.
 
         copies: blocks are always copied side by side, so that how they lie cannot change a bit.
+        kernel: decoding rows attend by `verbatim::decode`.
         """
         device, dtype = kv.keys[0].device, kv.keys[0].dtype
         self._kv = kv
@@ -171,6 +186,10 @@ class PagedPass:
         kept = [*range(fixed_rows)] if fixed_rows else sampled + [0] * (LEAST_ROWS - len(sampled))
         self.kept = torch.tensor(kept, device=device)
         self._decoding: list[_Decoding] = []
+        self._tables: _Tables | None = None
+        if kernel:
+            self._tables = _tables_of(decoding)
+            return
         for _, like in groupby(decoding, key=width):
             group = list(like)
             tables = [piece.sequence.blocks for piece in group]
@@ -179,25 +198,20 @@ class PagedPass:
             rows = max(1, kv.blocks // wide)
             for begin in range(0, len(group), rows):
                 part = group[begin : begin + rows]
-                shared = 0
-                if device.type == "cpu" and not fixed_rows:
-                    shared = _common_beginning(tables[begin : begin + rows])
-                self._add_decoding(part, wide, shared, dtype, device, copies=copies)
+                self._add_decoding(part, wide, dtype, device, copies=copies)
 
     def _add_decoding(
-        self, pieces: list[Piece], blocks: int, common: int, dtype: torch.dtype,
-        device: torch.device, *, copies: bool,
+        self, pieces: list[Piece], blocks: int, dtype: torch.dtype, device: torch.device,
+        *, copies: bool,
     ) -> None:  # fmt: skip
-        """blocks: that each row is padded to. common: blocks that all have."""
+        """blocks: that each row is padded to."""
         tables = [piece.sequence.blocks for piece in pieces]
         # Padded with a block of its own: what is masked there must not be another's NaN.
         rows = [
-            block
-            for table in tables
-            for block in (*table[common:], *table[-1:] * (blocks - len(table)))
+            block for table in tables for block in (*table, *table[-1:] * (blocks - len(table)))
         ]
         ends = torch.tensor([piece.end for piece in pieces], device=device)
-        at = torch.arange(common * BLOCK_TOKENS, blocks * BLOCK_TOKENS, device=device)
+        at = torch.arange(blocks * BLOCK_TOKENS, device=device)
         mask = torch.zeros(len(pieces), 1, 1, len(at), dtype=dtype, device=device)
         mask.masked_fill_((at >= ends[:, None])[:, None, None], torch.finfo(dtype).min)
         begin = self._decoding[-1].end if self._decoding else 0
@@ -205,7 +219,6 @@ class PagedPass:
             _Decoding(
                 begin,
                 begin + len(pieces),
-                _found(tables[0][:common], device, copies=copies) if common else None,
                 _found(rows, device, copies=copies),
                 mask,
             )
@@ -222,9 +235,18 @@ class PagedPass:
         keys, values = self._kv.keys[layer], self._kv.values[layer]
         heads, _, _, size = keys.shape
         real = len(self._slots)
+        count = query.shape[2]
+        if self._tables is not None:
+            out = query.new_zeros(1, count, query.shape[1], size)
+            tables = self._tables
+            torch.ops.verbatim.decode(
+                query, key, value, keys, values, self._slots, tables.blocks, tables.ends,
+                tables.common, scale, out,
+            )  # fmt: skip
+            self._attend_prompts(out, query, keys, values, scale)
+            return out
         keys.view(heads, -1, size).index_copy_(1, self._slots, key[0, :, :real])
         values.view(heads, -1, size).index_copy_(1, self._slots, value[0, :, :real])
-        count = query.shape[2]
         if len(self._decoding) == 1 and self._decoding[0].end == count:
             [rows] = self._decoding
             return _attend_decoding(rows, query[0], keys, values, scale)[None]
@@ -232,6 +254,13 @@ class PagedPass:
         for rows in self._decoding:
             part = query[0, :, rows.begin : rows.end]
             out[0, rows.begin : rows.end] = _attend_decoding(rows, part, keys, values, scale)
+        self._attend_prompts(out, query, keys, values, scale)
+        return out
+
+    def _attend_prompts(
+        self, out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+        scale: float,
+    ) -> None:  # fmt: skip
         for one in self._prompts:
             attended = scaled_dot_product_attention(
                 query[:, :, one.begin : one.end],
@@ -240,10 +269,20 @@ class PagedPass:
                 attn_mask=one.mask,
                 is_causal=one.mask is None,
                 scale=scale,
-                enable_gqa=query.shape[1] != heads,
+                enable_gqa=query.shape[1] != keys.shape[0],
             )
             out[:, one.begin : one.end] = attended.transpose(1, 2)
-        return out
+
+
+def _tables_of(decoding: Sequence[Piece]) -> _Tables:
+    tables = [piece.sequence.blocks for piece in decoding]
+    widest = max(map(len, tables), default=0)
+    padded = [[*table, *[0] * (widest - len(table))] for table in tables]
+    return _Tables(
+        torch.tensor(padded, dtype=torch.int32),
+        torch.tensor([piece.end for piece in decoding], dtype=torch.int32),
+        _common_beginning(tables),
+    )
 
 
 def _length_class(piece: Piece) -> int:
@@ -265,41 +304,16 @@ def _attend_decoding(
     # The query heads that share a key head are rows of one small matrix.
     grouped = query.view(heads, -1, count, size).permute(2, 0, 1, 3)
     own = (grouped, _rows_of(keys, rows.table, count), _rows_of(values, rows.table, count))
-    if rows.common is None:
-        out = scaled_dot_product_attention(*own, attn_mask=rows.mask, scale=scale)
-        return out.reshape(count, -1, size)
-    # What all rows have in common is read once for all of them; the two parts are put together
-    # by the sums of their exponentials.
-    together = query.reshape(1, heads, -1, size)  # (1, heads, query heads / heads x rows, size)
-    first, first_sums = _attention_and_sums(
-        together, _rows_of(keys, rows.common, 1), _rows_of(values, rows.common, 1), scale
-    )
-    second, second_sums = _attention_and_sums(*own, scale, rows.mask)
-    first = first.view(heads, -1, count, size).permute(2, 0, 1, 3)
-    first_sums = first_sums.view(heads, -1, count).permute(2, 0, 1)
-    share = torch.sigmoid(first_sums - second_sums)[..., None].to(second.dtype)
-    return second.lerp(first, share).reshape(count, -1, size)
+    out = scaled_dot_product_attention(*own, attn_mask=rows.mask, scale=scale)
+    return out.reshape(count, -1, size)
 
 
 def _common_beginning(tables: Sequence[Sequence[int]]) -> int:
-    """Blocks at the beginning that all tables share; 0 where it is not worth two attentions."""
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*tables, strict=False))
-    common = sum(1 for _ in alike)
-    return common if len(tables) > 1 and common >= MIN_COMMON_BLOCKS else 0
-
-
-def _attention_and_sums(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, and for each query the logarithm of the sum of its exponentials (float32)."""
-    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return out, sums
+    """Blocks at the beginning that all tables share; 0 for less than two."""
+    if len(tables) < 2:
+        return 0
+    columns = zip(*tables, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _found(blocks: Sequence[int], device: torch.device, *, copies: bool) -> _Blocks:

@@ -122,7 +122,8 @@ class ChatEngine:
         if isinstance(message, Render):
             self._answer(ticket, lambda: self._render(message))
             return
-        self._arrived.append(_Waiting(ticket, message, self._clock()))
+        arrived = self._clock() if ticket.received is None else ticket.received
+        self._arrived.append(_Waiting(ticket, message, arrived))
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request, running or waiting; unknown ones are done already."""

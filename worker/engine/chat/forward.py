@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from worker.engine.chat import kernels
 from worker.engine.chat.attention import NAME, PagedPass, Rehearsal, computing
 from worker.errors import ConfigError
 
@@ -93,6 +94,7 @@ class Forward:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         if sys.platform == "linux":  # elsewhere a priority is the whole process's
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        kernels.load(cache)
         import torch._inductor.config
 
         # The compiler's own processes would be copies of this one, with all it holds.

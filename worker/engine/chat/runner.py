@@ -36,7 +36,7 @@ class Runner:
         prompts = [p for p in pieces if p.sequence.deterministic and not p.sequence.decoding]
         found: dict[Piece, torch.Tensor] = {}
         if plain:
-            found |= self._pass(PagedPass(self._kv, plain))
+            found |= self._pass(PagedPass(self._kv, plain, kernel=self._kv.has_kernel()))
         for begin in range(0, len(decoding), DECODING_ROWS):
             rows = decoding[begin : begin + DECODING_ROWS]
             paged = PagedPass(self._kv, rows, fixed_rows=DECODING_ROWS, copies=True)
