@@ -4,6 +4,8 @@
   python orchestrator.py                      start with the profile that fits this machine
   python orchestrator.py --profile demo       start with a profile of configs/, or one by path
   python orchestrator.py --check              check profile, catalog and model files; start nothing
+  python orchestrator.py plan [--memory 24GiB] [--job TYPE --size WxH --frames N]
+                                              what jobs take on the device, and whether they fit
   python orchestrator.py status [--json]      show what runs
   python orchestrator.py stop                 drain, then stop
 
@@ -12,9 +14,10 @@ Exit codes:
   1  unexpected error, or running work was cut short by the stop
   2  wrong command line
   3  the profile, the catalog or an environment override is wrong
-  4  --check: model files are missing or damaged
+  4  --check: model files are missing or damaged; plan: they are missing and of unknown size
   5  already running, or a port is taken
   6  status, stop: no orchestrator runs with this state folder
+  7  plan: a job does not fit
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ import sys
 from rich.console import Console
 
 from worker import log
-from worker.config import load_settings, read_keys
-from worker.errors import ConfigError
-from worker.supervisor import check, control
+from worker.config import load_settings, parse_size, read_keys
+from worker.errors import ConfigError, ModelUnavailable, OutOfRange, Unsupported
+from worker.supervisor import check, control, planning
 from worker.supervisor.daemon import AlreadyRunning, run
 from worker.vram.probe import first_card
 
-EXIT_CONFIG, EXIT_FILES, EXIT_RUNNING = 3, 4, 5
+EXIT_USAGE, EXIT_CONFIG, EXIT_FILES, EXIT_RUNNING, EXIT_NO_FIT = 2, 3, 4, 5, 7
 
 
 def main() -> int:
@@ -43,6 +46,11 @@ def main() -> int:
             return control.run(args.command, os.environ, as_json=args.json)
         card = first_card()
         settings = load_settings(args.profile or check.choose_profile(card), os.environ)
+        if args.command == "plan":
+            budget = planning.budget_of(settings, card, args.memory)
+            asked = planning.Asked(args.job, args.size, args.frames)
+            fits = planning.show(planning.Planner(settings, budget), asked, budget, Console())
+            return 0 if fits else EXIT_NO_FIT
         keys = read_keys(os.environ)
         chat, media = check.validate(settings, keys)
         if args.check:
@@ -58,17 +66,46 @@ def main() -> int:
     except AlreadyRunning as exc:
         errors.print(f"{exc}", style="red", markup=False, soft_wrap=True)
         return EXIT_RUNNING
+    except (Unsupported, OutOfRange) as exc:
+        errors.print(f"{exc}", style="red", markup=False, soft_wrap=True)
+        return EXIT_USAGE
+    except ModelUnavailable as exc:
+        errors.print(f"{exc}", style="red", markup=False, soft_wrap=True)
+        return EXIT_FILES
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("start", "status", "stop"), default="start")
+    parser.add_argument(
+        "command", nargs="?", choices=("start", "plan", "status", "stop"), default="start"
+    )
     parser.add_argument("--profile", metavar="NAME|PATH", help="default: what fits this machine")
     parser.add_argument("--check", action="store_true", help="check everything and start nothing")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="of the device; default: this machine's"
+    )
+    plan.add_argument("--job", metavar="TYPE", help="chat or a job type; default: one of each kind")
+    plan.add_argument("--size", type=_size, metavar="WxH", help="pixels; default: the model's own")
+    plan.add_argument("--frames", type=int, metavar="N", help="of a video; default: the model's")
     parser.add_argument("--json", action="store_true", help="status: print JSON")
     return parser.parse_args()
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(width), int(height)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ALLOWED = {
     "worker.modelfiles": {"worker.catalog", "worker.errors"},
     "worker.protocol": {"worker.errors"},
     "worker.vram": set(),
+    "worker.vram.sizes": {"worker.catalog", "worker.config", "worker.errors", "worker.vram"},
     "worker.jobs": {
         "worker.catalog",
         "worker.config",
@@ -54,6 +55,7 @@ ALLOWED = {
         "worker.modelfiles",
         "worker.protocol",
         "worker.receipt",
+        "worker.vram",
     },
     "worker.engine.media": {
         "worker.catalog",
@@ -63,6 +65,7 @@ ALLOWED = {
         "worker.protocol",
         "worker.receipt",
     },
+    "worker.engine.peaks": {"worker.engine.chat", "worker.vram"},
     "worker.engine.__main__": {
         "worker.catalog",
         "worker.config",
@@ -108,11 +111,20 @@ ALLOWED = {
         "worker.protocol",
         "worker.vram",
     },
+    "worker.supervisor.planning": {
+        "worker.catalog",
+        "worker.config",
+        "worker.errors",
+        "worker.jobs",
+        "worker.vram",
+        "worker.vram.sizes",
+    },
     "orchestrator": {
         "worker.config",
         "worker.errors",
         "worker.log",
         "worker.supervisor",
+        "worker.supervisor.planning",
         "worker.vram",
     },
     "configs.gunicorn.conf": {
@@ -138,13 +150,14 @@ LIBRARIES = {
     "werkzeug": {"worker.front"},
     "prometheus_client": {"worker.front"},
     "gunicorn": {"worker.front.__main__", "worker.front.threads", "configs.gunicorn.conf"},
-    "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor"},
+    "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor"}
+    | {"worker.engine.peaks", "worker.vram.sizes"},
     "zmq": {"worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}
     | {"worker.supervisor"},
     "psutil": {"worker.vram", "worker.engine", "worker.front", "worker.supervisor"},
     "pynvml": {"worker.vram"},
     "pydantic": {"worker.config"},
-    "rich": {"worker.supervisor", "orchestrator"},
+    "rich": {"worker.supervisor", "worker.supervisor.planning", "orchestrator"},
     "setproctitle": {"worker.engine.__main__"},
 }
 

@@ -25,12 +25,9 @@ from worker.engine.chat.tokenizer import ByteLevelTokenizer
 from worker.errors import ConfigError, ModelUnavailable
 from worker.modelfiles import combined_sha256, require_files, weight_bytes, weights_sha256
 from worker.protocol.messages import ChatMessage
+from worker.vram.phases import PASS_TOKENS
 
 log = logging.getLogger(__name__)
-
-# Tokens of one forward pass. More use the device better; fewer make the streams of others stall
-# less while a long prompt is computed.
-PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class PromptReader:

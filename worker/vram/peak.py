@@ -1,0 +1,29 @@
+"""What is asked about a forward pass, and the answer: to and from `worker.engine.peaks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One forward pass to measure. Sizes that do not concern the part are 0."""
+
+    part: str  # a key of worker.engine.peaks's tables
+    config: dict[str, Any]  # the part's config.json
+    dtype: str
+    width: int = 0  # pixels
+    height: int = 0
+    frames: int = 0
+    tokens: int = 0
+    batch: int = 1
+    tiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The answer, in bytes."""
+
+    weight_bytes: int  # parameters and buffers
+    peak_bytes: int  # everything else that is alive at the worst moment, inputs included

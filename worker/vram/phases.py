@@ -1,0 +1,90 @@
+"""What a request does on the device, phase by phase: which parts compute, in which shapes.
+
+It says what the engines do today, and changes with them: whole models are resident, images are
+rendered one by one, both texts of a guided image in one batch, both of a guided video in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from worker.vram.peak import Question
+
+# Tokens of one forward pass of a chat model. More use the device better; fewer make the streams of
+# others stall less while a long prompt is computed.
+PASS_TOKENS = {"cpu": 256, "cuda": 2048}
+# Which measurement each part of a model takes (worker/engine/peaks.py).
+IMAGE_PARTS = {name: name for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
+VIDEO_PARTS = {"text_encoder": "umt5", "transformer": "transformer", "vae": "video_vae"}
+
+Configs = Mapping[str, Mapping[str, Any]]  # config.json by part
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is made. frames: 1 for a picture."""
+
+    width: int  # pixels
+    height: int
+    frames: int = 1
+    guided: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of a request."""
+
+    name: str
+    passes: tuple[Question, ...]  # one after the other; the greatest peak is the phase's
+    # A part that is held in another type meanwhile: (as it lies, as it computes).
+    converted: tuple[Question, Question] | None = None
+
+
+def image_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
+    """Of SDXL, for each image."""
+
+    def ask(part: str, batch: int, of: str = dtype) -> Question:
+        return Question(
+            part=part, config=dict(configs[part]), dtype=of, width=shape.width,
+            height=shape.height, batch=batch,
+        )  # fmt: skip
+
+    # The library decodes in float32 where a checkpoint says that its VAE overflows in float16.
+    upcast = dtype == "float16" and configs["vae"].get("force_upcast", True)
+    decode = ask("vae", 1, "float32" if upcast else dtype)
+    return [
+        Phase("encode", (ask("text_encoder", 1), ask("text_encoder_2", 1))),
+        Phase("denoise", (ask("unet", 2 if shape.guided else 1),)),
+        Phase("decode", (decode,), (ask("vae", 1), decode) if upcast else None),
+    ]
+
+
+def video_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
+    """Of WAN."""
+
+    def ask(part: str) -> Question:
+        return Question(
+            part=VIDEO_PARTS[part], config=dict(configs[part]),
+            dtype="float32" if part == "vae" else dtype,
+            width=shape.width, height=shape.height, frames=shape.frames,
+        )  # fmt: skip
+
+    return [
+        Phase("encode", (ask("text_encoder"),)),
+        Phase("denoise", (ask("transformer"),)),
+        Phase("decode", (ask("vae"),)),
+    ]
+
+
+def chat_phases(config: Mapping[str, Any], dtype: str, device: str, rows: int) -> list[Phase]:
+    """Of a chat model. device: cpu | cuda; rows: sequences in a pass, at most."""
+
+    def ask(tokens: int) -> Question:
+        return Question(part="chat", config=dict(config), dtype=dtype, tokens=tokens, batch=rows)
+
+    return [
+        Phase("prefill", (ask(PASS_TOKENS[device]),)),
+        Phase("decode", (ask(rows),)),
+    ]
