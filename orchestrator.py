@@ -30,12 +30,12 @@ from rich.console import Console
 
 from worker import log
 from worker.config import load_settings, parse_size, read_keys
-from worker.errors import ConfigError, ModelUnavailable, OutOfRange, Unsupported
+from worker.errors import ConfigError, ModelUnavailable, OutOfRange, Unsupported, WorkerError
 from worker.supervisor import check, control, planning
 from worker.supervisor.daemon import AlreadyRunning, run
 from worker.vram.probe import first_card
 
-EXIT_USAGE, EXIT_CONFIG, EXIT_FILES, EXIT_RUNNING, EXIT_NO_FIT = 2, 3, 4, 5, 7
+EXIT_ERROR, EXIT_USAGE, EXIT_CONFIG, EXIT_FILES, EXIT_RUNNING, EXIT_NO_FIT = 1, 2, 3, 4, 5, 7
 
 
 def main() -> int:
@@ -72,6 +72,9 @@ def main() -> int:
     except ModelUnavailable as exc:
         errors.print(f"{exc}", style="red", markup=False, soft_wrap=True)
         return EXIT_FILES
+    except WorkerError as exc:
+        errors.print(f"{exc}", style="red", markup=False, soft_wrap=True)
+        return EXIT_ERROR
 
 
 def _arguments() -> argparse.Namespace:

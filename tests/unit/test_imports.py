@@ -116,6 +116,7 @@ ALLOWED = {
         "worker.config",
         "worker.errors",
         "worker.jobs",
+        "worker.supervisor",
         "worker.vram",
         "worker.vram.sizes",
     },

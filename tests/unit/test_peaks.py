@@ -129,10 +129,22 @@ def _loader(part: str) -> Callable[[Path, str], torch.nn.Module]:
     return load
 
 
-def test_the_allocator_itself_sees_no_more_than_the_library_hides_in_its_operators() -> None:
-    """An independent look: the profiler's own record of every allocation of a decode. Work space
-    inside an operator is not a tensor; it must stay a small part, or peaks would be of no use."""
-    asked = question("vae", width=160, height=160)
+@pytest.mark.parametrize(
+    ("part", "shape", "most"),
+    [
+        ("chat", {"tokens": 100}, 1.01),
+        ("transformer", {"width": 64, "height": 64, "frames": 5}, 1.01),
+        ("unet", {"width": 96, "height": 128, "batch": 2}, 1.5),
+        ("vae", {"width": 160, "height": 160}, 1.5),
+        ("video_vae", {"width": 64, "height": 64, "frames": 5}, 4),
+    ],
+)
+def test_the_allocator_itself_sees_no_more_than_docs_say(
+    part: str, shape: dict[str, Any], most: float
+) -> None:
+    """An independent look: the profiler's own record of every allocation. Work space inside an
+    operator is not a tensor; docs/vram.md says how much it is on a CPU."""
+    asked = question(part, **shape)
     module = build(asked)
     with torch.no_grad(), profile(
         activities=[ProfilerActivity.CPU], profile_memory=True
@@ -144,7 +156,7 @@ def test_the_allocator_itself_sees_no_more_than_the_library_hides_in_its_operato
             now += event.nbytes()
             peak = max(peak, now)
     assert expected <= peak * 1.01
-    assert peak <= expected * 1.5
+    assert peak <= expected * most
 
 
 def test_an_answer_names_weights_and_passes_apart() -> None:

@@ -150,6 +150,10 @@ def test_the_demo_profile_is_planned_before_anything_is_started(known: Path) -> 
         (("--job", "video_fast", "--frames", "18"), "4n+1"),
         (("--job", "video_fast", "--size", "1024x1024"), "more than the profile's 65536 pixels"),
         (("--size", "large"), "not WIDTHxHEIGHT"),
+        (("--size", "128x128"), "needs --job"),
+        (("--job", "chat", "--frames", "5"), "needs --job"),
+        (("--job", "image_fast", "--frames", "5"), "has no number of frames"),
+        (("--job", "video_fast", "--frames", "0"), "4n+1"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_what_can(

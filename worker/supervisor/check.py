@@ -88,9 +88,9 @@ def show_plan(
     inference = "needs no key" if settings.access.keyless_inference or not keys else "needs a key"
     console.print(f"access   {len(keys)} of {len(KEY_NAMES)} keys set; inference {inference}")
     if card is not None and settings.daemon.device != "cpu":
-        console.print(f"device   {card.name}, {_gib(card.total_bytes)}")
+        console.print(f"device   {card.name}, {gib(card.total_bytes)}")
     else:
-        console.print(f"device   cpu, {_gib(host_memory().total_bytes)} of memory")
+        console.print(f"device   cpu, {gib(host_memory().total_bytes)} of memory")
     shown = Table()
     for column in ("model", "kind", "dtype", "weights", "at start", "path", "files"):
         shown.add_column(column, overflow="fold")
@@ -99,18 +99,19 @@ def show_plan(
             one.spec.id,
             one.spec.kind,
             one.spec.dtype,
-            _gib(one.weight_bytes) if one.weight_bytes else "?",
+            gib(one.weight_bytes) if one.weight_bytes else "?",
             "loaded" if one.preloaded else "on demand",
             one.spec.shown_path,
             "PROBLEM" if one.problems else "good",
         )
     console.print(shown)
     total = sum(one.weight_bytes for one in findings if one.preloaded)
-    console.print(f"weights loaded at start: {_gib(total)}")
+    console.print(f"weights loaded at start: {gib(total)}")
     for one in findings:
         for problem in one.problems:
             console.print(str(problem), style="red", soft_wrap=True)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes for people."""
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 28 else f"{size / (1 << 20):.1f} MiB"

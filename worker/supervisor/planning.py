@@ -12,10 +12,9 @@ from worker.catalog import ModelSpec, chat_catalog, media_catalog, preload_ids
 from worker.config import Settings
 from worker.errors import ConfigError, OutOfRange, Unsupported
 from worker.jobs.types import JOB_TYPES, MIN_SIDE, SIZE_STEP, SPELLINGS, JobType
+from worker.supervisor.check import gib
 from worker.vram.peak import Peak, Question
 from worker.vram.phases import (
-    IMAGE_PARTS,
-    VIDEO_PARTS,
     Configs,
     Phase,
     Shape,
@@ -83,6 +82,8 @@ class Planner:
 
     def ask(self, asked: Asked) -> list[Planned]:
         """Raises Unsupported or OutOfRange, with what would do, for a job that is not taken."""
+        if asked.job in (None, CHAT) and (asked.size or asked.frames is not None):
+            raise Unsupported("a size or a number of frames needs --job with a type that has them")
         jobs = [asked.job] if asked.job else [CHAT, *self._kinds_served()]
         made = [self._resolved(job, asked) for job in jobs]
         phases = {job: self._phases(spec, shape) for job, spec, shape in made}
@@ -96,10 +97,12 @@ class Planner:
         """Bytes of a model once it is loaded."""
         total = sum(self._answer(one).weight_bytes for one in self._parts(spec))
         if spec.kind == CHAT and self._device == "cpu":
-            # Packed layers (worker/engine/chat/linear.py): a tied output layer is a copy.
+            # Packed layers (worker/engine/chat/linear.py): a tied output layer is a copy. In
+            # bfloat16 only some processors pack; counted for all.
             config = self._configs[spec.id]["weights"]
-            if config.get("tie_word_embeddings") and spec.dtype == "float32":
-                total += int(config["vocab_size"]) * int(config["hidden_size"]) * 4
+            if config.get("tie_word_embeddings"):
+                width = {"float32": 4, "bfloat16": 2}.get(spec.dtype, 0)
+                total += int(config["vocab_size"]) * int(config["hidden_size"]) * width
         return total
 
     # --- what is asked -------------------------------------------------------------------------
@@ -126,8 +129,10 @@ class Planner:
         width, height = asked.size or spec.default_size
         self._check(spec, width, height)
         frames = 1
+        if kind.output != "video" and asked.frames is not None:
+            raise Unsupported(f"{name} makes a picture; it has no number of frames")
         if kind.output == "video":
-            frames = asked.frames or spec.default_frames
+            frames = spec.default_frames if asked.frames is None else asked.frames
             if (frames - 1) % 4 or not 1 <= frames <= self._settings.limits.frames:
                 raise OutOfRange(
                     f"frames {frames}: a video has 4n+1 of them, "
@@ -159,12 +164,9 @@ class Planner:
 
     def _parts(self, spec: ModelSpec) -> list[Question]:
         """A cheap question for each part of a model: its weights do not depend on the shape."""
-        side = 64
         if spec.kind == CHAT:
             return [self._phases(spec, None)[-1].passes[0]]
-        phases = self._phases(spec, Shape(side, side))
-        names = IMAGE_PARTS if spec.kind == "sdxl" else VIDEO_PARTS
-        assert len(names) == sum(len(phase.passes) for phase in phases)
+        phases = self._phases(spec, Shape(64, 64))
         return [
             phase.converted[0] if phase.converted else one
             for phase in phases
@@ -295,11 +297,6 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
 
 
 _NUMBERS = ("resident", "pass", "together")
-
-
-def gib(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 28 else f"{size / (1 << 20):.1f} MiB"
 
 
 def _shape_text(shape: Shape | None) -> str:

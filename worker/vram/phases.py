@@ -15,8 +15,7 @@ from worker.vram.peak import Question
 # Tokens of one forward pass of a chat model. More use the device better; fewer make the streams of
 # others stall less while a long prompt is computed.
 PASS_TOKENS = {"cpu": 256, "cuda": 2048}
-# Which measurement each part of a model takes (worker/engine/peaks.py).
-IMAGE_PARTS = {name: name for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
+# Which measurement each part of a WAN model takes (worker/engine/peaks.py); SDXL's have its names.
 VIDEO_PARTS = {"text_encoder": "umt5", "transformer": "transformer", "vae": "video_vae"}
 
 Configs = Mapping[str, Mapping[str, Any]]  # config.json by part
