@@ -96,7 +96,9 @@ class EngineHost:
         self._started_at = time.time()
         self._inbox: deque[tuple[Ticket, Message]] = deque()
         self._inbox_filled = threading.Event()
-        self._outgoing: deque[tuple[Ticket, Message]] = deque()
+        # Messages, and reports that say something new, in the order in which the engine made them:
+        # whoever reads an answer has read the state that it left before.
+        self._outgoing: deque[tuple[Ticket, Message] | Report] = deque()
         self._report = Report()  # replaced whole, read by the socket thread
         self._device = "cpu"
         self._waker = Waker()
@@ -144,6 +146,7 @@ class EngineHost:
         changed = report.notable != self._report.notable
         self._report = report
         if changed:
+            self._outgoing.append(report)
             self._waker.wake()
 
     def stop(self) -> None:
@@ -160,7 +163,6 @@ class EngineHost:
         poller.register(self._server.poll_target, zmq.POLLIN)
         poller.register(self._waker.fileno(), zmq.POLLIN)
         peers: dict[Peer, None] = {}
-        told: tuple[object, ...] = ()
         tell_at = 0.0
         while not self._stopping or self._outgoing:
             poller.poll(int(STATE_EVERY_S * 1000))
@@ -173,13 +175,15 @@ class EngineHost:
                 else:
                     self._take(peer, message)
             while self._outgoing:
-                self._give(*self._outgoing.popleft())
+                out = self._outgoing.popleft()
+                if isinstance(out, Report):
+                    self._tell(peers, out)
+                else:
+                    self._give(*out)
             now = time.monotonic()
-            report = self._report
-            if now >= tell_at or told != report.notable:
-                told = report.notable
+            if now >= tell_at:
                 tell_at = now + STATE_EVERY_S
-                self._tell(peers, report)
+                self._tell(peers, self._report)
         self._server.close()
 
     def _take(self, peer: Peer, message: Message) -> None:

@@ -48,7 +48,7 @@ class Residents(Generic[T]):
         max_resident: int | None = None,
     ):
         """load: builds one model. changed: called when what `report` says has changed, before slow
-        work begins.
+        work begins and before it is answered.
 
         max_resident: models held at a time; None holds all that were ever used.
         """
@@ -117,6 +117,7 @@ class Residents(Generic[T]):
         release_cache(self._device)
         self._unloads += 1
         self._set(model_id, status="unloaded", device=None)
+        self._changed()
         log.info("unloaded %s", model_id)
         return True
 
@@ -165,6 +166,7 @@ class Residents(Generic[T]):
             weight_bytes=model.weight_bytes,
             details=model.describe(),
         )
+        self._changed()
         log.info("loaded %s in %.2f s", model_id, time.monotonic() - started)
         return model
 
