@@ -4,7 +4,7 @@
   python orchestrator.py                      start with the profile that fits this machine
   python orchestrator.py --profile demo       start with a profile of configs/, or one by path
   python orchestrator.py --check              check profile, catalog and model files; start nothing
-  python orchestrator.py plan [--memory 24GiB] [--job TYPE --size WxH --frames N]
+  python orchestrator.py plan [--memory 24GiB] [--job TYPE --size WxH --frames N --images N]
                                               what jobs take on the device, and whether they fit
   python orchestrator.py status [--json]      show what runs
   python orchestrator.py stop                 drain, then stop
@@ -32,8 +32,10 @@ from worker import log
 from worker.config import load_settings, parse_size, read_keys
 from worker.errors import ConfigError, ModelUnavailable, OutOfRange, Unsupported, WorkerError
 from worker.supervisor import check, control, planning
+from worker.supervisor.budget import budget_of
 from worker.supervisor.daemon import AlreadyRunning, run
 from worker.vram.probe import first_card
+from worker.vram.ways import EXACTNESS
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CONFIG, EXIT_FILES, EXIT_RUNNING, EXIT_NO_FIT = 1, 2, 3, 4, 5, 7
 
@@ -47,8 +49,8 @@ def main() -> int:
         card = first_card()
         settings = load_settings(args.profile or check.choose_profile(card), os.environ)
         if args.command == "plan":
-            budget = planning.budget_of(settings, card, args.memory)
-            asked = planning.Asked(args.job, args.size, args.frames)
+            budget = budget_of(settings, card, args.memory)
+            asked = planning.Asked(args.job, args.size, args.frames, args.images, args.exactness)
             fits = planning.show(planning.Planner(settings, budget), asked, budget, Console())
             return 0 if fits else EXIT_NO_FIT
         keys = read_keys(os.environ)
@@ -93,6 +95,13 @@ def _arguments() -> argparse.Namespace:
     plan.add_argument("--job", metavar="TYPE", help="chat or a job type; default: one of each kind")
     plan.add_argument("--size", type=_size, metavar="WxH", help="pixels; default: the model's own")
     plan.add_argument("--frames", type=int, metavar="N", help="of a video; default: the model's")
+    plan.add_argument("--images", type=int, metavar="N", help="of a job; default: 1")
+    plan.add_argument(
+        "--exactness",
+        choices=EXACTNESS,
+        default="bit",
+        help="least that will do (default: bit)",
+    )
     parser.add_argument("--json", action="store_true", help="status: print JSON")
     return parser.parse_args()
 

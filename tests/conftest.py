@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import ChatPort, FakeChatLink, FakeLink, FakeMediaLink, MediaPort
+from tests.fakes import (
+    ChatPort,
+    FakeChatLink,
+    FakeLink,
+    FakeMediaLink,
+    FakeSizer,
+    MediaPort,
+    answer_query,
+)
 from worker.config import Access, Chat, Daemon, Limits, Media, ModelEntry, Server, Settings
-from worker.protocol.messages import ModelState
+from worker.protocol.messages import Message, ModelState
 
 INSTRUCT, BASE, IMAGE, VIDEO = "tiny-instruct", "tiny-base", "tiny-image", "tiny-video"
 
@@ -111,7 +119,7 @@ def make_chat(settings: Settings) -> Iterator[Callable[..., ChatPort]]:
 
     Afterwards no request may be open in their engines and no place taken.
     """
-    from worker.catalog import chat_catalog
+    from worker.catalog import chat_catalog, media_catalog
     from worker.front.admission import Admission
     from worker.front.app import Front, create_chat_app, places
     from worker.front.drain import Drainer
@@ -119,12 +127,21 @@ def make_chat(settings: Settings) -> Iterator[Callable[..., ChatPort]]:
     ports: list[ChatPort] = []
 
     def make(
-        *, keys: tuple[str, ...] = (), link: FakeLink | None = None, **sections: dict[str, Any]
+        *,
+        keys: tuple[str, ...] = (),
+        link: FakeLink | None = None,
+        orchestrator: Callable[[Any], Message | None] | None = None,
+        **sections: dict[str, Any],
     ) -> ChatPort:
         mine = changed(settings, sections)
         link = link or FakeChatLink(CHAT_MODELS)
         admission, drainer = Admission(places(mine)), Drainer()
-        front = Front(mine, keys, drainer, chat_catalog(mine), link)  # type: ignore[arg-type]
+        front = Front(
+            mine, keys, drainer, chat_catalog(mine), media_catalog(mine),
+            link,  # type: ignore[arg-type]
+            orchestrator or answer_query,
+            FakeSizer(),  # type: ignore[arg-type]
+        )  # fmt: skip
         app = create_chat_app(front, admission)
         port = ChatPort(mine, app, app.test_client(), link, admission, drainer)
         ports.append(port)
@@ -164,13 +181,19 @@ def make_media(
         keys: tuple[str, ...] = (),
         link: FakeLink | None = None,
         media_link: FakeLink | None = None,
+        orchestrator: Callable[[Any], Message | None] | None = None,
         **sections: dict[str, Any],
     ) -> MediaPort:
         mine = changed(settings, sections)
         link = link or FakeChatLink(CHAT_MODELS)
         painter = media_link or FakeMediaLink(MEDIA_MODELS)
         admission, drainer = Admission(places(mine)), Drainer()
-        front = Front(mine, keys, drainer, chat_catalog(mine), link)  # type: ignore[arg-type]
+        front = Front(
+            mine, keys, drainer, chat_catalog(mine), media_catalog(mine),
+            link,  # type: ignore[arg-type]
+            orchestrator or answer_query,
+            FakeSizer(),  # type: ignore[arg-type]
+        )  # fmt: skip
 
         def forget(job: Job) -> None:
             runner.forget(job)
@@ -181,7 +204,6 @@ def make_media(
         app = create_media_app(
             front,
             admission,
-            media_catalog(mine),
             painter,  # type: ignore[arg-type]
             table,
             runner,

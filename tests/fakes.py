@@ -19,28 +19,41 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from worker.catalog import ModelSpec
 from worker.config import Settings
 from worker.errors import WorkerError
 from worker.protocol.link import EngineView, Mailbox, failed, unavailable
 from worker.protocol.messages import (
     AssetFile,
     EngineNotice,
+    ExplainQuery,
+    Explanation,
     Failed,
     Generate,
     Generated,
     JobRendered,
+    LedgerQuery,
+    LedgerReport,
     LoadModel,
     Message,
     ModelChanged,
     ModelState,
+    PhaseWays,
+    Planned,
+    PlanQuery,
     Progress,
     Render,
     Rendered,
     RenderJob,
     State,
+    TenantSpec,
     Token,
     UnloadModel,
 )
+from worker.vram.broker import Broker
+from worker.vram.dryrun import dry_run
+from worker.vram.phases import Shape
+from worker.vram.ways import PartBytes, ways
 
 if TYPE_CHECKING:  # unit tests share this module and need no Flask
     from flask import Flask
@@ -416,3 +429,45 @@ class MediaPort(ChatPort):
             assert time.monotonic() < ends, f"the job stays {job.status.value}, step {job.step}"
             seen = self.table.wait_for_change(seen, 0.5)
         return dict(self.client.get(f"/jobs/{job_id}").get_json())
+
+
+def answer_query(query: Any) -> Message | None:
+    """An orchestrator with an empty ledger, that knows of request j1 and of no other."""
+    match query:
+        case ExplainQuery():
+            known = query.about == "j1"
+            events = ({"t_s": 0.0, "what": "asked", "phase": "decode"},) if known else ()
+            return Explanation(request_id=query.request_id, found=known, events=events)
+        case PlanQuery():
+            broker = Broker(10 << 30)
+            phases = dry_run(broker, query.holder, query.tenants, query.phases, 0.0)
+            return Planned(request_id=query.request_id, phases=tuple(phases))
+        case LedgerQuery():
+            return LedgerReport(
+                request_id=query.request_id, budget_bytes=10, free_bytes=7,
+                tenants=({"tenant": "a.weights", "held_bytes": 3},), leases=(), waiting=(),
+                counters={"granted": 2.0}, drift=0.0,
+            )  # fmt: skip
+    return None
+
+
+class FakeSizer:
+    """Every model has one part of 4 GiB, that can be streamed, and every phase of it is 3 GiB."""
+
+    def media_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:
+        return (
+            TenantSpec(
+                id=f"{spec.id}.all", model=spec.id, size_bytes=4 << 30, floor_bytes=4 << 30,
+                host_copy=True, back_s=0.5,
+            ),
+        )  # fmt: skip
+
+    def media_phases(
+        self, spec: ModelSpec, shape: Shape, *, steps: int, exactness: str
+    ) -> tuple[PhaseWays, ...]:
+        parts = {"all": PartBytes(whole=4 << 30, streamed=1 << 30)}
+        rungs = ways(spec.id, parts, 3 << 30, passes=steps)
+        return tuple(
+            PhaseWays(name=name, ways=rungs, model=spec.id, pixels=shape.pixels, work=steps)
+            for name in ("encode", "denoise", "decode")
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.config import REPOSITORY, Kind, ModelEntry, Settings
+from worker.config import REPOSITORY, Kind, ModelEntry, Residency, Settings
 from worker.errors import ConfigError, Unsupported
 
 # Native sizes of the published models, used when a catalog entry names none:
@@ -36,6 +36,9 @@ class ModelSpec:
     display_name: str
     default_size: tuple[int, int]  # width, height in pixels
     default_frames: int
+    pinned: bool = False  # never leaves the device for others
+    keep_alive_s: float = 0.0  # after a use it is taken to be needed again for so long
+    priority: int = 0  # whose wait counts more; higher is more urgent
     cure: str = "put its files there, or correct its path"  # for messages about missing files
 
 
@@ -138,10 +141,13 @@ def _served(
                 or [e for e in candidates if e.kind == kind]
             )
         ]
-    return [_spec(entry, settings.models_dir) for entry in entries]
+    return [
+        _spec(entry, settings.models_dir, settings.residency.get(entry.id, Residency()))
+        for entry in entries
+    ]
 
 
-def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
+def _spec(entry: ModelEntry, models_dir: Path, residency: Residency) -> ModelSpec:
     template = entry.chat_template or "chatml"
     if template not in CHAT_TEMPLATES:
         raise ConfigError(
@@ -164,6 +170,9 @@ def _spec(entry: ModelEntry, models_dir: Path) -> ModelSpec:
         display_name=entry.display_name or entry.id,
         default_size=_parse_pair(size) if size else NATIVE_SIZE[entry.kind],
         default_frames=entry.default_frames or NATIVE_FRAMES,
+        pinned=residency.pinned,
+        keep_alive_s=residency.keep_alive_s,
+        priority=int(entry.kind == "chat") if residency.priority is None else residency.priority,
         cure=_cure(entry),
     )
 

@@ -121,10 +121,20 @@ class Media(Section):
     keep_finished: int = Field(200, ge=1)
 
 
+class Residency(Section):
+    """[residency.MODEL]: how a model holds its place on the device."""
+
+    pinned: bool = False  # once there, its weights never leave for others
+    keep_alive_s: float = Field(0.0, ge=0)  # they leave last for so long after a use
+    # Whose wait counts more; None: 1 of a chat model, because a person waits for it, 0 of others.
+    priority: int | None = Field(None, ge=-10, le=10)
+
+
 class Daemon(Section):
     """[daemon]: the device and how processes are started and stopped."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_memory: Size | None = None
     threads: int = Field(0, ge=0, le=1024)
     grace_s: float = Field(60.0, ge=0)
     kill_after_s: float = Field(10.0, gt=0)
@@ -174,6 +184,7 @@ class Profile(Section):
     chat: Chat = Chat()
     media: Media = Media()
     daemon: Daemon = Daemon()
+    residency: dict[Name, Residency] = {}  # by model id
     models: list[ModelEntry] = []
 
 
@@ -198,6 +209,7 @@ class Settings(BaseModel):
     chat: Chat
     media: Media
     daemon: Daemon
+    residency: dict[str, Residency] = {}
     models: tuple[ModelEntry, ...]  # catalog and profile together; the profile's come last
     declared_ids: tuple[str, ...]  # those of `models` that the profile itself declares
 
@@ -218,6 +230,11 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
     for entry in loaded.models:
         by_id.pop(entry.id, None)  # so that the profile's come last, and in its own order
         by_id[entry.id] = entry
+    for name in loaded.residency:
+        if name not in by_id:
+            near = difflib.get_close_matches(name, by_id, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{path}: residency.{name}: there is no model with this id{hint}")
     models = [_override_path(entry, env) for entry in by_id.values()]
     return Settings(
         profile_name=path.stem,
@@ -230,6 +247,7 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
         chat=loaded.chat,
         media=loaded.media,
         daemon=loaded.daemon,
+        residency=loaded.residency,
         models=tuple(models),
         declared_ids=tuple(entry.id for entry in loaded.models),
     )

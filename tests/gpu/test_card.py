@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from worker.catalog import chat_catalog, media_catalog
@@ -20,17 +21,25 @@ def test_greedy_tokens_on_the_card_equal_the_librarys(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from worker.engine.chat.model import LanguageModel, PromptReader
+    from worker.engine.chat.scheduler import TokenSequence
 
     spec = chat_catalog(load_settings("demo", {})).default("chat")
     reader = PromptReader(spec)
-    model = LanguageModel(spec, torch.device("cuda"), tmp_path, reader)
+    model = LanguageModel(
+        spec, torch.device("cuda"), tmp_path, reader, kv_bytes=16 << 20, max_running=4
+    )
+    model.wake()
+    model.resize(16 << 20)
     _, prompt_ids, _ = reader.read([ChatMessage("user", "a red cube")], None)
-
-    logits, cache = model.start(prompt_ids)
-    ids = [int(torch.argmax(logits))]
-    for _ in range(15):
-        logits, cache = model.step(ids[-1], cache)
-        ids.append(int(torch.argmax(logits)))
+    sequence = TokenSequence(prompt_ids, 16)
+    model.scheduler.add(sequence)
+    ids: list[int] = []
+    while len(ids) < 16:
+        pieces = model.scheduler.plan().pieces
+        for row, piece in zip(model.runner.run(pieces), pieces, strict=True):
+            model.scheduler.computed(piece)
+            ids.append(int(torch.argmax(row)))
+            sequence.ids.append(ids[-1])
 
     library = AutoModelForCausalLM.from_pretrained(spec.path, dtype=torch.float32).cuda()
     expected = library.generate(
@@ -44,10 +53,10 @@ def test_greedy_tokens_on_the_card_equal_the_librarys(tmp_path):
 def test_a_picture_on_the_card_repeats_with_its_seed(tmp_path):
     import torch
 
-    from worker.engine.media.sdxl import Sdxl
+    from tests.rendering import load_on, render
 
     spec = media_catalog(load_settings("demo", {})).default("sdxl")
-    model = Sdxl(spec, torch.device("cuda"), tmp_path)
+    model = load_on(torch.device("cuda"), spec, tmp_path)
     params = RenderParams(
         prompt="a red cube",
         negative_prompt=None,
@@ -58,7 +67,9 @@ def test_a_picture_on_the_card_repeats_with_its_seed(tmp_path):
         seed=0,
     )
 
-    one, again, other = (model.image(params, seed, lambda step: None) for seed in (0, 0, 1))
+    one, again, other = (
+        render(model, msgspec.structs.replace(params, seed=seed), tmp_path) for seed in (0, 0, 1)
+    )
 
     assert one.tobytes() == again.tobytes()
     assert one.tobytes() != other.tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
 import pytest
@@ -35,13 +36,15 @@ MEMORY: list[Route] = [
     ("POST", "/memory/load"),
     ("POST", "/memory/unload"),
 ]
+PLAN: list[Route] = [("POST", "/plan"), ("GET", "/explain/j1")]
 CHAT_ADMIN: list[Route] = [
     *MEMORY,
+    *PLAN,
     ("POST", "/debug/render"),
     ("GET", "/debug/model"),
     ("GET", "/metrics"),
 ]
-MEDIA_ADMIN: list[Route] = [*MEMORY, ("GET", "/debug/env"), ("GET", "/metrics")]
+MEDIA_ADMIN: list[Route] = [*MEMORY, *PLAN, ("GET", "/debug/env"), ("GET", "/metrics")]
 
 
 def call(port: ChatPort, route: Route, headers: dict[str, str] | None = None) -> int:
@@ -55,7 +58,7 @@ def call(port: ChatPort, route: Route, headers: dict[str, str] | None = None) ->
 def routes_of(app: Flask) -> set[Route]:
     """Every method and path of the app, with the parameters that the lists above have."""
     return {
-        (method, rule.rule.replace("<job_id>", "j1").replace("<int:index>", "0"))
+        (method, re.sub(r"<(job_id|about)>", "j1", rule.rule).replace("<int:index>", "0"))
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }

@@ -6,14 +6,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.single_file import copy_configs, write_single_file
+from tests.rendering import load, render
 from worker.catalog import ModelSpec, media_catalog
 from worker.config import load_settings
-from worker.engine.media.sdxl import Sdxl
 from worker.errors import ModelUnavailable
 from worker.modelfiles import check_files
 from worker.protocol.messages import RenderParams
@@ -58,11 +59,11 @@ def as_single_file(folder: ModelSpec, place: Path, dtype: str) -> ModelSpec:
 def test_a_single_file_makes_the_picture_of_its_folder_pixel_for_pixel(
     folder: ModelSpec, single_file: ModelSpec, tmp_path: Path
 ) -> None:
-    from_folder = Sdxl(folder, CPU, tmp_path)
-    from_file = Sdxl(single_file, CPU, tmp_path)
+    from_folder = load(folder, tmp_path)
+    from_file = load(single_file, tmp_path)
 
     expected, picture, other = (
-        model.image(PARAMS, seed, lambda step: None)
+        render(model, msgspec.structs.replace(PARAMS, seed=seed), tmp_path)
         for model, seed in ((from_folder, 7), (from_file, 7), (from_file, 8))
     )
 
@@ -74,8 +75,8 @@ def test_a_single_file_makes_the_picture_of_its_folder_pixel_for_pixel(
 def test_a_single_file_reads_a_text_as_its_folder_does(
     folder: ModelSpec, single_file: ModelSpec, tmp_path: Path
 ) -> None:
-    from_folder = Sdxl(folder, CPU, tmp_path)
-    from_file = Sdxl(single_file, CPU, tmp_path)
+    from_folder = load(folder, tmp_path)
+    from_file = load(single_file, tmp_path)
 
     counts = from_file.token_counts("It's a red cube — naïve 😀!!")
 
@@ -88,7 +89,7 @@ def test_a_single_file_in_half_precision_loads_in_half_precision(
 ) -> None:
     spec = as_single_file(folder, tmp_path, "float16")
 
-    pipeline = Sdxl(spec, CPU, tmp_path)._pipeline
+    pipeline = load(spec, tmp_path)._pipeline
 
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float16}
@@ -142,7 +143,7 @@ def test_a_single_file_that_lacks_weights_does_not_load(
     save_file({name: weights[name] for name in weights if not name.startswith(lacks)}, path)
 
     with pytest.raises(ModelUnavailable, match=r"models/one\.safetensors does not load: "):
-        Sdxl(replace(single_file, path=path), CPU, tmp_path)
+        load(replace(single_file, path=path), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan_vace
 
+from tests.rendering import load, render
 from worker.catalog import media_catalog
 from worker.config import load_settings
-from worker.engine.media.wan import TEXT_TOKENS, Wan
+from worker.engine.media.wan import PARTS, TEXT_TOKENS
 from worker.errors import PromptTooLong
 from worker.protocol.messages import RenderParams
 
@@ -26,19 +27,23 @@ PARAMS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Wan:
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     spec = media_catalog(load_settings("demo", {})).default("wan")
-    return Wan(spec, torch.device("cpu"), tmp_path_factory.mktemp("state"))
+    return load(spec, tmp_path_factory.mktemp("state"))
 
 
 @pytest.mark.parametrize("negative", [None, "a green sphere"])
-def test_a_prompt_that_needs_no_repair_gives_the_pipelines_own_video(wan, negative, monkeypatch):
+def test_a_prompt_that_needs_no_repair_gives_the_pipelines_own_video(
+    wan, negative, monkeypatch, tmp_path
+):
     # Its repair would change nothing here, and needs a library that the worker does without.
     monkeypatch.setattr(pipeline_wan_vace, "prompt_clean", lambda text: text)
     params = RenderParams(prompt="a red cube moves left", negative_prompt=negative, **PARAMS)
 
-    ours = wan.frames(params, lambda step: None)
+    ours = render(wan, params, tmp_path)
 
+    for name in PARTS:
+        wan.parts[name].wake()
     theirs = wan._pipeline(
         prompt=params.prompt,
         negative_prompt=negative,
@@ -57,7 +62,8 @@ def test_a_prompt_that_needs_no_repair_gives_the_pipelines_own_video(wan, negati
 def test_no_two_texts_become_one(wan, prompt):
     others = {"a &amp; b", "a & b", "a b 😀", "a b 😁", "a b"} - {prompt}
 
-    assert not any(torch.equal(wan.encode(prompt), wan.encode(other)) for other in others)
+    wan.parts["text_encoder"].wake()
+    assert not any(torch.equal(wan.encoded(prompt), wan.encoded(other)) for other in others)
 
 
 def test_a_prompt_over_the_encoders_length_is_refused(wan):
@@ -65,11 +71,12 @@ def test_a_prompt_over_the_encoders_length_is_refused(wan):
         wan.token_counts("red " * TEXT_TOKENS)
 
 
-def test_the_scheduler_and_its_shift_are_what_was_asked_for(wan):
+def test_the_scheduler_and_its_shift_are_what_was_asked_for(wan, tmp_path):
     videos = [
-        wan.frames(
+        render(
+            wan,
             RenderParams(prompt="a", negative_prompt=None, scheduler=name, shift=shift, **PARAMS),
-            lambda step: None,
+            tmp_path,
         ).tobytes()
         for name, shift in (("unipc", 5.0), ("dpm++", 5.0), ("euler", 5.0), ("unipc", 2.0))
     ]

@@ -29,6 +29,16 @@ ALLOWED = {
     "worker.modelfiles": {"worker.catalog", "worker.errors"},
     "worker.protocol": {"worker.errors"},
     "worker.vram": set(),
+    "worker.vram.ways": {"worker.protocol"},
+    "worker.vram.broker": {"worker.protocol", "worker.vram"},
+    "worker.vram.dryrun": {"worker.protocol", "worker.vram.broker"},
+    "worker.vram.planner": {
+        "worker.catalog",
+        "worker.protocol",
+        "worker.vram",
+        "worker.vram.sizes",
+        "worker.vram.ways",
+    },
     "worker.vram.sizes": {"worker.catalog", "worker.config", "worker.errors", "worker.vram"},
     "worker.jobs": {
         "worker.catalog",
@@ -37,6 +47,7 @@ ALLOWED = {
         "worker.jsonvalues",
         "worker.log",
         "worker.protocol",
+        "worker.vram.ways",
     },
     "worker.engine": {
         "worker.catalog",
@@ -45,6 +56,7 @@ ALLOWED = {
         "worker.modelfiles",
         "worker.protocol",
         "worker.vram",
+        "worker.vram.broker",
     },
     "worker.engine.chat": {
         "worker.catalog",
@@ -56,14 +68,21 @@ ALLOWED = {
         "worker.protocol",
         "worker.receipt",
         "worker.vram",
+        "worker.vram.planner",
+        "worker.vram.sizes",
+        "worker.vram.ways",
     },
     "worker.engine.media": {
         "worker.catalog",
         "worker.engine",
+        "worker.engine.peaks",
         "worker.errors",
         "worker.modelfiles",
         "worker.protocol",
         "worker.receipt",
+        "worker.vram",
+        "worker.vram.sizes",
+        "worker.vram.ways",
     },
     "worker.engine.peaks": {"worker.engine.chat", "worker.vram"},
     "worker.engine.__main__": {
@@ -72,10 +91,12 @@ ALLOWED = {
         "worker.engine",
         "worker.engine.chat",
         "worker.engine.media",
+        "worker.engine.peaks",
         "worker.errors",
         "worker.lifeline",
         "worker.log",
         "worker.protocol",
+        "worker.vram.sizes",
     },
     "worker.front": {
         "worker",
@@ -87,6 +108,9 @@ ALLOWED = {
         "worker.log",
         "worker.protocol",
         "worker.receipt",
+        "worker.vram",
+        "worker.vram.planner",
+        "worker.vram.ways",
     },
     "worker.front.wsgi": {
         "worker.catalog",
@@ -94,6 +118,9 @@ ALLOWED = {
         "worker.front",
         "worker.jobs",
         "worker.protocol",
+        "worker.vram",
+        "worker.vram.planner",
+        "worker.vram.sizes",
     },
     "worker.front.threads": set(),
     "worker.front.__main__": {
@@ -110,14 +137,20 @@ ALLOWED = {
         "worker.modelfiles",
         "worker.protocol",
         "worker.vram",
+        "worker.vram.broker",
+        "worker.vram.dryrun",
     },
     "worker.supervisor.planning": {
         "worker.catalog",
         "worker.config",
         "worker.errors",
         "worker.jobs",
+        "worker.protocol",
         "worker.supervisor",
         "worker.vram",
+        "worker.vram.broker",
+        "worker.vram.dryrun",
+        "worker.vram.planner",
         "worker.vram.sizes",
     },
     "orchestrator": {
@@ -127,6 +160,7 @@ ALLOWED = {
         "worker.supervisor",
         "worker.supervisor.planning",
         "worker.vram",
+        "worker.vram.ways",
     },
     "configs.gunicorn.conf": {
         "worker.config",
@@ -151,8 +185,9 @@ LIBRARIES = {
     "werkzeug": {"worker.front"},
     "prometheus_client": {"worker.front"},
     "gunicorn": {"worker.front.__main__", "worker.front.threads", "configs.gunicorn.conf"},
-    "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor"}
-    | {"worker.engine.peaks", "worker.vram.sizes"},
+    "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor", "worker.front"}
+    | {"worker.engine.peaks", "worker.vram.sizes", "worker.vram.dryrun"},
+    "safetensors": {"worker.engine.media"},
     "zmq": {"worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}
     | {"worker.supervisor"},
     "psutil": {"worker.vram", "worker.engine", "worker.front", "worker.supervisor"},

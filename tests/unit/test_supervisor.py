@@ -69,6 +69,19 @@ class FakeStandIn:
         self.open_ports.pop(port, None)
 
 
+class FakeMemory:
+    """Keeps what it was told of engines, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def began(self, name: str) -> None:
+        self.told.append(("began", name))
+
+    def ended(self, name: str, now: float) -> None:
+        self.told.append(("ended", name))
+
+
 class Bench:
     """A supervisor of one engine and one front, with everything around it by hand."""
 
@@ -80,11 +93,13 @@ class Bench:
         self.processes: dict[str, FakeProcess] = {}
         self.words: dict[str, str] = {}
         self.ports_open_at_start: list[set[int]] = []
+        self.memory = FakeMemory()
         self.supervisor = Supervisor(
             specs,
             self._spawn,
             self.wire,
             self.stand_in,
+            self.memory,
             lambda name: self.words.get(name, ""),
             GRACE_S,
             KILL_AFTER_S,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from demo_models.vocabulary import t5_tokenizer
+from tests.rendering import load, render
 from worker.catalog import ModelSpec
-from worker.engine.media.wan import Wan
 from worker.errors import ModelUnavailable
 from worker.protocol.messages import RenderParams
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_vace_checkpoint_is_run_whole(folder, tmp_path):
-    wan = Wan(_spec(folder), torch.device("cpu"), tmp_path)
+    wan = load(_spec(folder), tmp_path)
 
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     loaded = wan._pipeline.transformer.state_dict()
@@ -69,10 +69,10 @@ def test_a_vace_checkpoint_is_run_whole(folder, tmp_path):
 
 
 def test_a_text_alone_makes_a_clip_with_a_vace_checkpoint(folder, tmp_path):
-    wan = Wan(_spec(folder), torch.device("cpu"), tmp_path)
+    wan = load(_spec(folder), tmp_path)
     steps = []
 
-    clip = wan.frames(_params(), steps.append)
+    clip = render(wan, _params(), tmp_path, steps.append)
 
     assert clip.shape == (5, 32, 48, 3)
     assert steps == [1, 2]
@@ -91,10 +91,10 @@ def test_a_text_to_video_checkpoint_is_run_as_one(folder, tmp_path):
         .replace("WanVACETransformer3DModel", "WanTransformer3DModel")
     )
 
-    wan = Wan(_spec(plain), torch.device("cpu"), tmp_path)
+    wan = load(_spec(plain), tmp_path)
 
     assert wan.describe()["pipeline"] == "WanPipeline"
-    assert wan.frames(_params(), lambda _: None).shape == (5, 32, 48, 3)
+    assert render(wan, _params(), tmp_path).shape == (5, 32, 48, 3)
 
 
 def test_a_checkpoint_of_another_kind_is_refused_by_its_name(folder, tmp_path):
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_kind_is_refused_by_its_name(folder, tmp_path):
     index.write_text(index.read_text().replace("WanVACEPipeline", "WanVideoToVideoPipeline"))
 
     with pytest.raises(ModelUnavailable, match="WanVideoToVideoPipeline"):
-        Wan(_spec(other), torch.device("cpu"), tmp_path)
+        load(_spec(other), tmp_path)
 
 
 def test_a_vace_checkpoint_that_lacks_a_weight_is_refused(folder, tmp_path):
@@ -114,7 +114,7 @@ def test_a_vace_checkpoint_that_lacks_a_weight_is_refused(folder, tmp_path):
     save_file(lacking, weights, metadata={"format": "pt"})
 
     with pytest.raises(ModelUnavailable, match=r"lacks 1 weights, transformer\.proj_out\.bias"):
-        Wan(_spec(folder), torch.device("cpu"), tmp_path)
+        load(_spec(folder), tmp_path)
 
     save_file(whole, weights, metadata={"format": "pt"})
 

@@ -17,9 +17,11 @@ from worker import log as worker_log
 from worker.catalog import chat_catalog, media_catalog, preload_ids
 from worker.config import Settings, load_settings
 from worker.engine.host import Engine, EngineHost, Outbox
+from worker.engine.leases import Leases
 from worker.errors import ConfigError
 from worker.lifeline import die_with_any_thread, die_with_parent
 from worker.protocol.transport import socket_path
+from worker.vram.sizes import Peaks
 
 NICE = 5
 
@@ -44,19 +46,25 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: host.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides when to stop
         devices: list[str] = []
-        host.run(lambda outbox: _build(args.kind, settings, outbox, devices), lambda: devices[0])
+        leases = Leases(host.to_broker)
+        host.run(
+            lambda outbox: _build(args.kind, settings, outbox, leases, devices), lambda: devices[0]
+        )
     except ConfigError as exc:
         log.critical("%s", exc)
         return 3  # as gunicorn does for an app that cannot start: trying again cannot help
     return 0
 
 
-def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) -> Engine:
+def _build(
+    kind: str, settings: Settings, outbox: Outbox, leases: Leases, devices: list[str]
+) -> Engine:
     # Imported here, with the socket already open: torch and diffusers take seconds.
     import diffusers
     import transformers
 
     from worker.engine.device import open_device
+    from worker.engine.peaks import measure
 
     # Progress bars and advice for people at a terminal; this output is a log file.
     for library in (transformers, diffusers):
@@ -64,6 +72,7 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
         library.utils.logging.disable_progress_bar()
     device = open_device(settings.daemon.device, settings.daemon.threads)
     devices.append(device.type)
+    peaks = Peaks(settings.state_dir, lambda questions: [measure(one) for one in questions])
     if kind == "chat":
         from worker.engine.chat.engine import ChatEngine
 
@@ -74,6 +83,8 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
             device,
             settings.state_dir,
             outbox,
+            leases,
+            peaks,
             kv_bytes=settings.chat.kv_bytes,
             max_running=settings.chat.max_running,
             compiles=settings.chat.compile,
@@ -90,6 +101,8 @@ def _build(kind: str, settings: Settings, outbox: Outbox, devices: list[str]) ->
         device,
         settings.state_dir,
         outbox,
+        leases,
+        peaks,
     )
 
 

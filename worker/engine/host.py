@@ -34,6 +34,7 @@ from worker.vram.probe import device_memory
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 0.5
+EXIT_LOST_BROKER = 75  # EX_TEMPFAIL of sysexits.h; the supervisor starts a new one
 LOOK_EVERY_S = 0.25  # how soon an idle engine sees that it should stop
 
 
@@ -74,6 +75,9 @@ class Outbox(Protocol):
     def poll(self) -> None:
         """Take what has arrived (cancellations above all) in the middle of a long step."""
 
+    def wait(self, timeout_s: float) -> None:
+        """As `poll`, once something has arrived or the time is over."""
+
 
 class Engine(Protocol):
     """What a host runs."""
@@ -102,6 +106,7 @@ class EngineHost:
         self._report = Report()  # replaced whole, read by the socket thread
         self._device = "cpu"
         self._waker = Waker()
+        self._broker: Peer | None = None  # set by the socket thread, before its hello is taken
         self._server = Server(zmq.Context.instance(), path)
         self._stopping = False
         self._engine: Engine | None = None
@@ -138,6 +143,15 @@ class EngineHost:
             else:
                 self._engine.submit(ticket, message)
 
+    def wait(self, timeout_s: float) -> None:
+        self._inbox_filled.wait(timeout_s)
+        self.poll()
+
+    def to_broker(self, message: Message) -> None:
+        """To the orchestrator, which has said hello."""
+        assert self._broker is not None
+        self.send(Ticket(self._broker, ""), message)
+
     def send(self, ticket: Ticket, message: Message) -> None:
         self._outgoing.append((ticket, message))
         self._waker.wake()
@@ -172,6 +186,8 @@ class EngineHost:
                 if isinstance(message, Hello):
                     peers[peer] = None
                     tell_at = 0.0
+                    if message.epoch:
+                        self._meet_broker(peer, message)
                 else:
                     self._take(peer, message)
             while self._outgoing:
@@ -190,6 +206,15 @@ class EngineHost:
         request_id: str = getattr(message, "request_id", "")
         self._inbox.append((Ticket(peer, request_id, time.monotonic()), message))
         self._inbox_filled.set()
+
+    def _meet_broker(self, peer: Peer, hello: Hello) -> None:
+        if self._broker is not None:
+            # What was said while the connection was broken is lost, grants among it.
+            log.critical("the connection to the orchestrator broke; ending, to begin anew")
+            logging.shutdown()
+            os._exit(EXIT_LOST_BROKER)
+        self._broker = peer
+        self._take(peer, hello)
 
     def _give(self, ticket: Ticket, message: Message) -> None:
         try:

@@ -68,7 +68,14 @@ def measure(question: Question) -> Peak:
     """Bytes of the weights and of everything else that is alive at the worst moment."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         module = build(question)
-        return Peak(weight_bytes=held(module), peak_bytes=peak_of(module, question))
+        weights = held(module)
+        blocks = [held(one) for one in blocks_of(module)]
+        return Peak(
+            weight_bytes=weights,
+            peak_bytes=peak_of(module, question),
+            # Blocks share no weights with each other or with the rest.
+            streamed_bytes=weights - sum(blocks) + max(blocks, default=0),
+        )
 
 
 def peak_of(module: nn.Module, question: Question) -> int:
@@ -115,6 +122,21 @@ def held(module: nn.Module) -> int:
         for tensor in (*module.parameters(), *module.buffers())
     }
     return sum(storages.values())
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks that a large module computes one after the other; none where it has none."""
+    found: list[nn.Module] = []
+    for path in ("encoder.block", "blocks", "vace_blocks", "down_blocks", "mid_block", "up_blocks"):
+        try:
+            one = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(one, nn.ModuleList):
+            found += list(one)
+        else:
+            found.append(one)
+    return found
 
 
 # --- what is built -------------------------------------------------------------------------------
@@ -222,6 +244,14 @@ def _decode_video(vae: Any, q: Question) -> Any:
     return vae.decode(latent, return_dict=False)
 
 
+def _encode_frames(vae: Any, q: Question) -> Any:
+    """What a VACE pipeline does with the frames that it is given, and where: all of it at once."""
+    frames = torch.empty(1, 3, q.frames, q.height, q.width, dtype=getattr(torch, q.dtype))
+    where = torch.where(torch.ones_like(frames) > 0.5, 1.0, 0.0).to(frames.dtype)
+    kept, made = frames * (1 - where), frames * where
+    return [vae.encode(one).latent_dist.mode() for one in (kept, made)]
+
+
 def _encode_umt5(encoder: Any, q: Question) -> Any:
     ids = torch.zeros(1, UMT5_TOKENS, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -255,6 +285,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "text_encoder_2": _transformers("CLIPTextModelWithProjection"),
     "transformer": _diffusers("WanTransformer3DModel"),
     "video_vae": _diffusers("AutoencoderKLWan"),
+    "video_vae_frames": _diffusers("AutoencoderKLWan"),
     "umt5": _transformers("UMT5EncoderModel"),
     "chat": _chat,
 }
@@ -265,6 +296,7 @@ _CALLS: dict[str, Callable[[Any, Question], Any]] = {
     "text_encoder_2": _encode_clip,
     "transformer": _denoise_video,
     "video_vae": _decode_video,
+    "video_vae_frames": _encode_frames,
     "umt5": _encode_umt5,
     "chat": _prefill,
 }

@@ -32,6 +32,10 @@ class Loaded(Protocol):
         """What /worker/info tells about it."""
         ...
 
+    def close(self) -> None:
+        """Give its device memory back to the broker; called once it is no longer used."""
+        ...
+
 
 T = TypeVar("T", bound=Loaded)
 
@@ -96,6 +100,13 @@ class Residents(Generic[T]):
             gauges=gauges,
         )
 
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    def get(self, model_id: str) -> T:
+        """One that is loaded."""
+        return self._models[model_id]
+
     def spec(self, model_id: str) -> ModelSpec:
         return self._specs[model_id]
 
@@ -103,7 +114,7 @@ class Residents(Generic[T]):
         """The model, loaded now if it was not. Raises ModelUnavailable and what loading raises."""
         model = self._models.pop(model_id, None)
         if model is None:
-            self._require_files(model_id)  # before a good model has to go for it
+            self.require_files(model_id)  # before a good model has to go for it
             self._make_room()
             model = self._load_now(model_id)
         self._models[model_id] = model  # last: the most recently used
@@ -113,7 +124,7 @@ class Residents(Generic[T]):
         """Give a model's memory back. False when it was not loaded."""
         if model_id not in self._models:
             return False
-        del self._models[model_id]
+        self._models.pop(model_id).close()
         release_cache(self._device)
         self._unloads += 1
         self._set(model_id, status="unloaded", device=None)
@@ -133,12 +144,17 @@ class Residents(Generic[T]):
         started = time.monotonic()
         return _changed(message, self.drop(message.model), started)
 
-    def _require_files(self, model_id: str) -> None:
+    def require_files(self, model_id: str) -> None:
+        """Raises ModelUnavailable, and reports the model as broken, where files are missing."""
         try:
             require_files(self._specs[model_id])
         except ModelUnavailable as exc:
-            self._set(model_id, status="broken", problem=str(exc))
+            self.broken(model_id, str(exc))
             raise
+
+    def broken(self, model_id: str, problem: str) -> None:
+        """Report a model as one that cannot be used until `problem` is mended."""
+        self._set(model_id, status="broken", problem=problem)
 
     def _make_room(self) -> None:
         while self._max_resident is not None and len(self._models) >= self._max_resident:

@@ -16,7 +16,7 @@ from worker.catalog import Catalog
 from worker.config import Settings
 from worker.errors import has_trap_word
 from worker.front import chat as chat_routes
-from worker.front import errors, health, media, memory, metrics
+from worker.front import errors, health, media, memory, metrics, plan
 from worker.front.admission import Admission
 from worker.front.auth import LEVELS, Gate, Level
 from worker.front.drain import Drainer
@@ -24,6 +24,7 @@ from worker.jobs.runner import JobRunner
 from worker.jobs.table import JobTable
 from worker.log import set_request_id
 from worker.protocol.link import Link
+from worker.vram.planner import Sizer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ class Front:
     keys: Sequence[str]
     drainer: Drainer
     chat_catalog: Catalog
+    media_catalog: Catalog
     chat_link: Link
+    ask: plan.Ask  # the orchestrator
+    sizer: Sizer
 
 
 def places(settings: Settings) -> int:
@@ -67,11 +71,13 @@ def create_chat_app(front: Front, admission: Admission) -> Flask:
     stats = chat_routes.ChatStats()
     reporter = health.Reporter(front.chat_catalog, front.chat_link, front.drainer)
     registry.register(metrics.EngineMetrics(reporter, admission, None))
+    registry.register(metrics.LedgerMetrics(front.ask))
     app.register_blueprint(health.chat_blueprint(reporter, stats, _endpoints(app)))
     app.register_blueprint(chat_routes.blueprint(parser, service, stats))
     app.register_blueprint(chat_routes.debug_blueprint(parser, service))
     app.register_blueprint(health.debug_model_blueprint(reporter))
-    app.register_blueprint(memory.blueprint(reporter, default="instruct"))
+    app.register_blueprint(memory.blueprint(reporter, front.ask, default="instruct"))
+    app.register_blueprint(plan.blueprint(_planning(front)))
     app.register_blueprint(metrics.blueprint(registry))
     return app
 
@@ -79,19 +85,20 @@ def create_chat_app(front: Front, admission: Admission) -> Flask:
 def create_media_app(
     front: Front,
     admission: Admission,
-    catalog: Catalog,
     link: Link,
     table: JobTable,
     runner: JobRunner,
 ) -> Flask:
     """Port 7860. `link` leads to the media engine; `front.chat_link` serves raw completion."""
     app, registry = _base(front, "media")
+    catalog = front.media_catalog
     parser = chat_routes.ChatParser(front.chat_catalog, front.settings.chat, front.settings.limits)
     service = media.MediaService(
         catalog, front.settings.limits, table, runner, Admission(MAX_WATCHERS)
     )
     reporter = health.Reporter(catalog, link, front.drainer)
     registry.register(metrics.EngineMetrics(reporter, admission, table))
+    registry.register(metrics.LedgerMetrics(front.ask))
     app.register_blueprint(health.media_blueprint(reporter, table, _endpoints(app)))
     app.register_blueprint(health.status_blueprint(reporter, table))
     app.register_blueprint(health.debug_blueprint())
@@ -99,9 +106,14 @@ def create_media_app(
         front.chat_link, admission, metrics.ChatMetrics(registry).observe
     )
     app.register_blueprint(media.blueprint(service, runner, parser, completion))
-    app.register_blueprint(memory.blueprint(reporter, default="all"))
+    app.register_blueprint(memory.blueprint(reporter, front.ask, default="all"))
+    app.register_blueprint(plan.blueprint(_planning(front)))
     app.register_blueprint(metrics.blueprint(registry))
     return app
+
+
+def _planning(front: Front) -> plan.PlanService:
+    return plan.PlanService(front.sizer, front.media_catalog, front.settings.limits, front.ask)
 
 
 def _base(front: Front, name: str) -> tuple[Flask, CollectorRegistry]:

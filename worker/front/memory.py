@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from flask import Blueprint, g, request
 from flask.typing import ResponseReturnValue
 
@@ -14,13 +16,23 @@ from worker.front.admission import MAX_ASKING, Admission
 from worker.front.bodies import read_optional_json
 from worker.front.chat import ask
 from worker.front.health import GB, Reporter, chat_loaded
-from worker.protocol.messages import LoadModel, ModelChanged, UnloadModel
+from worker.protocol.control import Query
+from worker.protocol.messages import (
+    LedgerQuery,
+    LedgerReport,
+    LoadModel,
+    Message,
+    ModelChanged,
+    UnloadModel,
+)
 
 # A 7B model reads 15 GB; from a cold network volume that is a minute. Below the proxy's 100 s.
 CHANGE_TIMEOUT_S = 85.0
 
 
-def blueprint(reporter: Reporter, default: str) -> Blueprint:
+def blueprint(
+    reporter: Reporter, orchestrator: Callable[[Query], Message | None], default: str
+) -> Blueprint:
     """GET /memory/status, POST /memory/load and /memory/unload.
 
     default: what `which` means for a load that does not say.
@@ -55,7 +67,16 @@ def blueprint(reporter: Reporter, default: str) -> Blueprint:
                 }
                 for model in models
             },
+            "ledger": ledger(),
         }
+
+    def ledger() -> dict[str, Any] | None:
+        """Who holds which bytes of the device; None while the orchestrator does not answer."""
+        report = orchestrator(LedgerQuery(request_id=g.request_id))
+        if not isinstance(report, LedgerReport):
+            return None
+        fields: dict[str, Any] = msgspec.to_builtins(report)
+        return {key: value for key, value in fields.items() if key not in ("type", "request_id")}
 
     @bp.post("/memory/load")
     def load_route() -> ResponseReturnValue:

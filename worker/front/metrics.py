@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 
 from flask import Blueprint, Response
 from flask.typing import ResponseReturnValue
@@ -14,7 +15,8 @@ from prometheus_client.registry import Collector
 from worker.front.admission import Admission
 from worker.front.health import Reporter
 from worker.jobs.table import JobTable
-from worker.protocol.messages import Generated
+from worker.protocol.control import Query
+from worker.protocol.messages import Generated, LedgerQuery, LedgerReport, Message
 
 # Seconds: /health is below the first, a video above the last but one.
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 90)
@@ -120,6 +122,40 @@ class EngineMetrics(Collector):
         for name, value in state.gauges.items():
             now.add_metric([name], value)
         yield now
+
+
+class LedgerMetrics(Collector):
+    """The orchestrator's ledger of device memory, asked when somebody scrapes."""
+
+    def __init__(self, ask: Callable[[Query], Message | None]):
+        self._ask = ask
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._ask(LedgerQuery(request_id=uuid.uuid4().hex))
+        known = isinstance(report, LedgerReport)
+        yield _gauge("verbatim_ledger_up", "1 while the orchestrator answers.", known)
+        if not isinstance(report, LedgerReport):
+            return
+        yield _gauge("verbatim_ledger_budget_bytes", "Device memory.", report.budget_bytes)
+        yield _gauge("verbatim_ledger_free_bytes", "Granted to nobody.", report.free_bytes)
+        yield _gauge("verbatim_ledger_waiting", "Phases that wait.", len(report.waiting))
+        yield _gauge(
+            "verbatim_ledger_drift_ratio",
+            "What engines hold more than the ledger says, of the budget; an alarm above 0.02.",
+            report.drift,
+        )
+        held = GaugeMetricFamily(
+            "verbatim_tenant_bytes", "Device memory by tenant.", labels=["tenant"]
+        )
+        for one in report.tenants:
+            held.add_metric([one["tenant"]], one["held_bytes"])
+        yield held
+        totals = GaugeMetricFamily(
+            "verbatim_ledger_total", "Totals since the orchestrator started.", labels=["what"]
+        )
+        for name, value in report.counters.items():
+            totals.add_metric([name], value)
+        yield totals
 
 
 def blueprint(registry: CollectorRegistry) -> Blueprint:

@@ -6,6 +6,7 @@ Raising here ends gunicorn with exit code 3, which tells the supervisor not to t
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import zmq
 from flask import Flask
@@ -18,11 +19,16 @@ from worker.front.control import FrontControl
 from worker.front.drain import Drainer
 from worker.jobs.runner import JobRunner
 from worker.jobs.table import JobTable
+from worker.protocol.control import ask_orchestrator
 from worker.protocol.link import Link
 from worker.protocol.transport import socket_path
+from worker.vram.planner import Sizer
+from worker.vram.probe import first_card
+from worker.vram.sizes import Peaks
 
 # How worker/front/__main__.py tells the gunicorn worker what to build.
 NAME_VARIABLE = "VERBATIM_FRONT"
+ORCHESTRATOR_S = 2.0  # its loop takes milliseconds
 PROFILE_VARIABLE = "VERBATIM_PROFILE"
 
 
@@ -38,7 +44,21 @@ def build() -> Flask:
         return Link(context, socket_path(settings.state_dir, engine), me, engine)
 
     admission = Admission(places(settings))
-    front = Front(settings, keys, Drainer(), chat_catalog(settings), link("engine chat"))
+    front = Front(
+        settings,
+        keys,
+        Drainer(),
+        chat_catalog(settings),
+        media_catalog(settings),
+        link("engine chat"),
+        partial(ask_orchestrator, settings.state_dir, timeout_s=ORCHESTRATOR_S),
+        Sizer(
+            Peaks(settings.state_dir),
+            "cpu" if settings.daemon.device == "cpu" or first_card() is None else "cuda",
+            kv_bytes=settings.chat.kv_bytes,
+            max_running=settings.chat.max_running,
+        ),
+    )
     links = {"engine chat": front.chat_link}
     if name == "chat":
         app = create_chat_app(front, admission)
@@ -55,7 +75,7 @@ def build() -> Flask:
         )
         runner = JobRunner(table, media_link, settings.state_dir)
         runner.start()
-        app = create_media_app(front, admission, media_catalog(settings), media_link, table, runner)
+        app = create_media_app(front, admission, media_link, table, runner)
 
         def unfinished() -> int:
             counts = table.counts()

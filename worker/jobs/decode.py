@@ -27,6 +27,9 @@ from worker.jsonvalues import (
     within,
 )
 from worker.protocol.messages import RenderParams
+from worker.vram.ways import EXACTNESS
+
+PRIORITIES = (-10, 10)  # of device memory; higher goes first
 
 # Keys that ask for a picture to start from, or for weights on words. Doing the job without them
 # would be another job.
@@ -56,6 +59,8 @@ class JobRequest:
     output: str  # image | video
     params: RenderParams
     ignored: tuple[str, ...]
+    exactness: str = "bit"  # the least that will do
+    priority: int = 0
     adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
     body: str = ""  # fingerprint of what arrived, to tell a repeat from another job
 
@@ -114,6 +119,8 @@ class _Decoder:
             model=spec.id,
             output=job_type.output,
             params=params,
+            exactness=self._exactness(),
+            priority=within("priority", self._integer("priority", default=0), *PRIORITIES),
             ignored=self._ignored(),
             adjusted=self._adjusted,
             body=_fingerprint(self._body),
@@ -249,6 +256,14 @@ class _Decoder:
             return None
         shift = self._number("shift", "sample_shift", default=types.WAN_SHIFT)
         return within("shift", shift, *types.SHIFT_RANGE)
+
+    def _exactness(self) -> str:
+        given = self._first("exactness")
+        if given is None:
+            return "bit"
+        if given not in EXACTNESS:
+            raise Unsupported(f"exactness must be one of {', '.join(EXACTNESS)}")
+        return str(given)
 
     # --- reading -------------------------------------------------------------------------------
 

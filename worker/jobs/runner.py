@@ -101,6 +101,8 @@ class JobRunner:
                 output=job.request.output,
                 params=job.request.params,
                 staging_dir=str(staging),
+                exactness=job.request.exactness,
+                priority=job.request.priority,
             )
         )
         try:

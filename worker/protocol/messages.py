@@ -13,7 +13,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 3
+VERSION = 4
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -27,6 +27,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """First message on every connection; the answer is a `State`."""
 
     peer: str  # role and name, such as "front chat"
+    epoch: int = 0  # from the orchestrator to an engine: what its messages about memory carry
 
 
 class ModelState(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,13 +214,15 @@ class RenderJob(Message, frozen=True, kw_only=True):
     output: str  # image | video
     params: RenderParams
     staging_dir: str
+    exactness: str = "bit"  # the least that will do: bit | close | lossy
+    priority: int = 0  # for device memory; higher goes first
 
 
 class Progress(Message, frozen=True, kw_only=True):
     """Where a job is. Steps count over all its images."""
 
     request_id: str
-    phase: str  # load | encode | denoise | decode | save
+    phase: str  # load | wait | encode | denoise | decode | save
     step: int
     steps: int
 
@@ -272,6 +275,199 @@ class ModelChanged(Message, frozen=True, kw_only=True):
     model: str
     changed: bool  # False: it was so already
     seconds: float
+
+
+# --- device memory: between engines and the orchestrator's broker ---------------------------------
+
+
+class TenantSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What sits in device memory on its own, as its engine describes it."""
+
+    id: str  # model and part, such as "sdxl_lustify.unet"; unique on the card
+    model: str
+    size_bytes: int  # whole
+    floor_bytes: int  # that it can work with; `size_bytes` where it cannot shrink
+    host_copy: bool  # parking it copies nothing and waking it reads no file
+    pinned: bool = False  # never moved for others
+    priority: int = 0  # of who uses it; higher is more urgent
+    keep_alive_s: float = 0.0  # after a use it is taken to be needed again for so long
+    back_s: float = 0.0  # seconds until it is there again, as far as is known
+
+
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """One rung of the ladder: how a phase may run, and what it takes then."""
+
+    name: str  # whole | streamed | tiled …
+    tenants: tuple[str, ...]  # that have to be resident together
+    peak_bytes: int  # beside them
+    longer_s: float = 0.0  # than the quickest way
+    exactness: str = "bit"  # bit | close | lossy
+
+
+class Declare(Message, frozen=True, kw_only=True):
+    """The tenants of a model; all that were declared of it before and are not named are gone."""
+
+    epoch: int
+    model: str
+    tenants: tuple[TenantSpec, ...]
+
+
+class Acquire(Message, frozen=True, kw_only=True):
+    """Asks for what a phase takes. The answer is `Granted` or `Refused`, maybe much later."""
+
+    epoch: int
+    number: int  # names the question within the epoch
+    request_id: str
+    phase: str
+    ways: tuple[Way, ...]
+    priority: int = 0
+    deadline_s: float | None = None  # refused when it has waited so long
+    standing: bool = False  # kept when it is not used, until somebody else needs it
+    model: str = ""  # of a phase whose seconds are worth learning
+    pixels: int = 0  # of all its frames; 0: not to be learned from
+    work: float = 1.0  # what its seconds are proportional to beside them, such as steps
+
+
+class AlsoWaits(Message, frozen=True, kw_only=True):
+    """Another request that waits for the answer to the same question."""
+
+    epoch: int
+    number: int
+    request_id: str
+
+
+class Withdraw(Message, frozen=True, kw_only=True):
+    """Nobody waits for the answer any more; one that is under way already is released."""
+
+    epoch: int
+    number: int
+
+
+class Granted(Message, frozen=True, kw_only=True):
+    """A lease of all bytes of `way`. Its tenants that are absent are to be brought now."""
+
+    number: int
+    fence: int  # rises with every grant; one that is void is refused
+    way: int  # index
+    held_bytes: dict[str, int]  # of its tenants, once they are there
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    number: int
+    error: str
+    retry_after_s: float | None = None
+
+
+class Brought(Message, frozen=True, kw_only=True):
+    """A tenant of a lease is there, or could not be brought (held_bytes 0)."""
+
+    fence: int
+    tenant: str
+    held_bytes: int
+    seconds: float
+
+
+class Use(Message, frozen=True, kw_only=True):
+    """Whether a lease is computed with. One that is not may be taken back by `Yield`."""
+
+    fence: int
+    busy: bool
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """The phase is over. Its tenants stay where they are, idle."""
+
+    fence: int
+
+
+class Yield(Message, frozen=True, kw_only=True):
+    """Give bytes back. The answer is `Yielded`, at once where they are idle or where it is not to
+    wait."""
+
+    move: int
+    tenant: str
+    kind: str  # park | drop | shrink | grow
+    held_bytes: int  # that it shall have then
+    wait: bool = False  # where they are in use: begin nothing new with them, and yield then
+
+
+class Yielded(Message, frozen=True, kw_only=True):
+    """held_bytes: what it has now; as before where it was in use."""
+
+    move: int  # 0: given back without being asked
+    tenant: str
+    held_bytes: int
+    seconds: float
+
+
+class ExplainQuery(Message, frozen=True, kw_only=True):
+    """To the control socket: what happened to a request's memory."""
+
+    request_id: str
+    about: str  # the request, job or answer that is explained
+
+
+class Explanation(Message, frozen=True, kw_only=True):
+    request_id: str
+    found: bool
+    events: tuple[dict[str, Any], ...] = ()
+
+
+class PhaseWays(msgspec.Struct, frozen=True, kw_only=True):
+    """A phase of a job that is only planned."""
+
+    name: str
+    ways: tuple[Way, ...]
+    model: str = ""
+    pixels: int = 0  # as in Acquire
+    work: float = 1.0
+
+
+class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase would get. refused: why not, and then nothing else counts."""
+
+    name: str
+    way: str
+    exactness: str
+    tenants_bytes: int = 0
+    peak_bytes: int
+    free_bytes: int  # left meanwhile
+    seconds: float = 0.0  # that moves, and the way instead of the quickest one, take
+    # That the work itself takes, (from, to); None while nothing like it was seen since the start.
+    work_s: tuple[float, float] | None = None
+    moves: tuple[dict[str, Any], ...] = ()  # in order
+    refused: str | None = None
+
+
+class PlanQuery(Message, frozen=True, kw_only=True):
+    """To the control socket: what would happen to a job's phases. Nothing is moved."""
+
+    request_id: str
+    holder: str  # the engine that would ask
+    tenants: tuple[TenantSpec, ...]
+    phases: tuple[PhaseWays, ...]
+
+
+class Planned(Message, frozen=True, kw_only=True):
+    request_id: str
+    phases: tuple[PhasePlan, ...]
+
+
+class LedgerQuery(Message, frozen=True, kw_only=True):
+    request_id: str
+
+
+class LedgerReport(Message, frozen=True, kw_only=True):
+    """Who holds how much of the device, by the ledger."""
+
+    request_id: str
+    budget_bytes: int
+    free_bytes: int
+    tenants: tuple[dict[str, Any], ...]
+    leases: tuple[dict[str, Any], ...]
+    waiting: tuple[dict[str, Any], ...]
+    counters: dict[str, float]
+    drift: float  # of the budget, at the last quiet moment; what the ledger says less than is held
 
 
 # --- the orchestrator's control socket -----------------------------------------------------------
@@ -330,6 +526,23 @@ AnyMessage = (
     | LoadModel
     | UnloadModel
     | ModelChanged
+    | Declare
+    | Acquire
+    | AlsoWaits
+    | Withdraw
+    | Granted
+    | Refused
+    | Brought
+    | Use
+    | Release
+    | Yield
+    | Yielded
+    | ExplainQuery
+    | Explanation
+    | PlanQuery
+    | Planned
+    | LedgerQuery
+    | LedgerReport
     | StatusQuery
     | StatusReport
     | StopQuery

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping
 
 import msgspec
 from rich.console import Console
 
 from worker.config import state_dir
-from worker.protocol.messages import StatusQuery, StopQuery
+from worker.protocol.control import ask_orchestrator
+from worker.protocol.messages import StatusQuery, StatusReport, StopQuery
 from worker.supervisor.view import table
-from worker.supervisor.wire import ask_orchestrator
 
 EXIT_NOT_RUNNING = 6
 ANSWER_S = 2.0
@@ -21,9 +22,9 @@ def run(command: str, environment: Mapping[str, str], *, as_json: bool) -> int:
     """Do `status` or `stop`; returns the exit code."""
     folder = state_dir(environment)
     query = StatusQuery if command == "status" else StopQuery
-    report = ask_orchestrator(folder, query, ANSWER_S)
+    report = ask_orchestrator(folder, query(request_id=uuid.uuid4().hex), ANSWER_S)
     console = Console()
-    if report is None:
+    if not isinstance(report, StatusReport):
         Console(stderr=True).print(
             f"no orchestrator runs with the state folder {folder}", soft_wrap=True
         )
@@ -38,7 +39,8 @@ def run(command: str, environment: Mapping[str, str], *, as_json: bool) -> int:
         console.print(table(report.children))
     if command == "stop":
         with console.status("draining"):
-            while ask_orchestrator(folder, StatusQuery, ANSWER_S) is not None:
+            asked = StatusQuery(request_id=uuid.uuid4().hex)
+            while ask_orchestrator(folder, asked, ANSWER_S) is not None:
                 time.sleep(0.2)
         console.print("stopped")
     return 0

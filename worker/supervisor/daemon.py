@@ -16,15 +16,28 @@ import psutil
 import zmq
 
 from worker.config import Settings
-from worker.errors import WorkerError
-from worker.protocol.messages import StatusReport, StopQuery
+from worker.errors import ConfigError, WorkerError
+from worker.protocol.control import Query
+from worker.protocol.messages import (
+    ExplainQuery,
+    Explanation,
+    LedgerQuery,
+    Message,
+    PlanQuery,
+    StatusReport,
+    StopQuery,
+)
 from worker.protocol.transport import make_run_dir, run_dir
+from worker.supervisor.budget import Budget, budget_of
 from worker.supervisor.child import Child
+from worker.supervisor.lender import Lender
 from worker.supervisor.spawn import Spawner, child_specs
 from worker.supervisor.standin import HttpStandIn
 from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.view import LiveView, PlainView, QuietView, curl_lines, open_view
 from worker.supervisor.wire import ChildWire, ControlServer
+from worker.vram.broker import Broker
+from worker.vram.probe import first_card
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +78,19 @@ class _Daemon:
             "VERBATIM_MODELS_DIR": str(settings.models_dir),
             "VERBATIM_STATE_DIR": str(settings.state_dir),
         }
+        try:
+            budget = budget_of(settings, first_card(), None)
+        except ConfigError:  # the engines say it too, and the fronts tell who asks
+            budget = Budget("no card", 0, 0)
+        log.info("device memory: %d bytes of %s", budget.total_bytes, budget.name)
+        self._lender = Lender(Broker(budget.total_bytes), budget.process_bytes, self._wire.send)
         spawner = Spawner(settings.state_dir / "logs", {**environment, **absolute})
         self._supervisor = Supervisor(
             specs,
             spawner,
             self._wire,
             HttpStandIn(settings.server.host),
+            _EngineMemory(self._lender, self._wire),
             spawner.last_words,
             settings.daemon.grace_s,
             settings.daemon.kill_after_s,
@@ -86,10 +106,13 @@ class _Daemon:
             while not self._supervisor.done:
                 now = time.monotonic()
                 self._supervisor.tick(now)
+                self._lender.tick(self._wire.take_asked(), now)
                 self._answer_queries(now)
                 if now - shown_at >= SHOW_EVERY_S:
                     shown_at = now
                     self._show(now)
+                    states = [child.state for child in self._supervisor.children]
+                    self._lender.reconcile([state for state in states if state], now)
                 self._poller.poll(int(TICK_S * 1000))
             self._show(time.monotonic())
         finally:
@@ -116,8 +139,22 @@ class _Daemon:
         for peer, query in self._control.receive():
             if isinstance(query, StopQuery):
                 self._supervisor.stop()
-            report = self._report(now, query.request_id)
-            self._control.reply(peer, report)
+            self._control.reply(peer, self._answer(query, now))
+
+    def _answer(self, query: Query, now: float) -> Message:
+        match query:
+            case ExplainQuery():
+                events = self._lender.explain(query.about)
+                return Explanation(
+                    request_id=query.request_id,
+                    found=events is not None,
+                    events=tuple(events or ()),
+                )
+            case PlanQuery():
+                return self._lender.plan(query, now)
+            case LedgerQuery():
+                return self._lender.report(query.request_id, now)
+        return self._report(now, query.request_id)
 
     def _report(self, now: float, request_id: str = "") -> StatusReport:
         return StatusReport(
@@ -130,6 +167,20 @@ class _Daemon:
                 child.report(now, rss_bytes(child)) for child in self._supervisor.children
             ),
         )
+
+
+class _EngineMemory:
+    """Between the supervisor, who sees engines begin and end, and the broker of their memory."""
+
+    def __init__(self, lender: Lender, wire: ChildWire):
+        self._lender = lender
+        self._wire = wire
+
+    def began(self, name: str) -> None:
+        self._wire.began(name, self._lender.began(name))
+
+    def ended(self, name: str, now: float) -> None:
+        self._lender.ended(name, now)
 
 
 def rss_bytes(child: Child) -> int:

@@ -1,34 +1,31 @@
-"""`orchestrator.py plan`: what jobs take on the device, before anything is started."""
+"""`orchestrator.py plan`: what jobs take on the device, before anything is started.
+
+It plays the broker's own decisions through on an empty ledger of the device's size, with the
+profile's chat models loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from worker.catalog import ModelSpec, chat_catalog, media_catalog, preload_ids
 from worker.config import Settings
-from worker.errors import ConfigError, OutOfRange, Unsupported
+from worker.errors import OutOfRange, Unsupported
 from worker.jobs.types import JOB_TYPES, MIN_SIDE, SIZE_STEP, SPELLINGS, JobType
+from worker.protocol.messages import Acquire, Declare, PhasePlan, PhaseWays, TenantSpec, Way
+from worker.supervisor.budget import ENGINES, Budget
 from worker.supervisor.check import gib
-from worker.vram.peak import Peak, Question
-from worker.vram.phases import (
-    Configs,
-    Phase,
-    Shape,
-    chat_phases,
-    image_phases,
-    video_phases,
-)
-from worker.vram.plan import Need, Plan, Tenant, plan
-from worker.vram.probe import Card, host_memory
-from worker.vram.sizes import Peaks, content_key, part_configs
+from worker.vram.broker import Broker
+from worker.vram.dryrun import dry_run
+from worker.vram.phases import Shape
+from worker.vram.planner import Sizer
+from worker.vram.sizes import Peaks
 
-# Of CUDA in each process, before the first tensor. Assumed, not measured on this machine; published
-# figures lie between 0.3 and 0.5 GiB.
-CONTEXT_BYTES = 2 * (410 << 20)
 CHAT = "chat"
 
 
@@ -39,71 +36,46 @@ class Asked:
     job: str | None = None
     size: tuple[int, int] | None = None  # width, height in pixels
     frames: int | None = None
+    images: int | None = None
+    exactness: str = "bit"  # the least that will do
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """Device memory to plan with."""
-
-    name: str
-    total_bytes: int
-    contexts_bytes: int
-
-    @property
-    def usable_bytes(self) -> int:
-        return self.total_bytes - self.contexts_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedJob:
     """One row of answers."""
 
     job: str
     model: str
     shape: str
-    plan: Plan
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(phase.refused is None for phase in self.phases)
 
 
 class Planner:
     """Plans of one profile. It measures what it does not know, which takes seconds."""
 
-    def __init__(self, settings: Settings, budget: Budget):
+    def __init__(self, settings: Settings, budget: Budget, peaks: Peaks | None = None):
         """Raises ConfigError, and ModelUnavailable for a model of whose sizes nothing is known."""
         self._settings = settings
-        chat, media = chat_catalog(settings), media_catalog(settings)
-        self._chat, self._media = chat, media
+        self._chat, self._media = chat_catalog(settings), media_catalog(settings)
         self._budget = budget
-        self._device = "cpu" if budget.contexts_bytes == 0 else "cuda"
-        self._peaks = Peaks(settings.state_dir)
-        self._configs: dict[str, Configs] = {
-            spec.id: part_configs(spec) for spec in (*chat.specs, *media.specs)
-        }
-        self._answers: dict[str, Peak] = {}
+        self._device = "cpu" if budget.process_bytes == 0 else "cuda"
+        self.sizer = Sizer(
+            peaks or Peaks(settings.state_dir), self._device,
+            kv_bytes=settings.chat.kv_bytes, max_running=settings.chat.max_running,
+        )  # fmt: skip
 
-    def ask(self, asked: Asked) -> list[Planned]:
+    def ask(self, asked: Asked) -> list[PlannedJob]:
         """Raises Unsupported or OutOfRange, with what would do, for a job that is not taken."""
-        if asked.job in (None, CHAT) and (asked.size or asked.frames is not None):
-            raise Unsupported("a size or a number of frames needs --job with a type that has them")
+        sized = (asked.size, asked.frames, asked.images) != (None, None, None)
+        if asked.job in (None, CHAT) and sized:
+            raise Unsupported("a size or a number needs --job with a type that has them")
         jobs = [asked.job] if asked.job else [CHAT, *self._kinds_served()]
         made = [self._resolved(job, asked) for job in jobs]
-        phases = {job: self._phases(spec, shape) for job, spec, shape in made}
-        self._measure([phase for several in phases.values() for phase in several])
-        return [
-            Planned(job, spec.id, _shape_text(shape), self._plan(spec, phases[job]))
-            for job, spec, shape in made
-        ]
-
-    def weights(self, spec: ModelSpec) -> int:
-        """Bytes of a model once it is loaded."""
-        total = sum(self._answer(one).weight_bytes for one in self._parts(spec))
-        if spec.kind == CHAT and self._device == "cpu":
-            # Packed layers (worker/engine/chat/linear.py): a tied output layer is a copy. In
-            # bfloat16 only some processors pack; counted for all.
-            config = self._configs[spec.id]["weights"]
-            if config.get("tie_word_embeddings"):
-                width = {"float32": 4, "bfloat16": 2}.get(spec.dtype, 0)
-                total += int(config["vocab_size"]) * int(config["hidden_size"]) * width
-        return total
+        return [self._planned(*one, asked) for one in made]
 
     # --- what is asked -------------------------------------------------------------------------
 
@@ -131,6 +103,9 @@ class Planner:
         frames = 1
         if kind.output != "video" and asked.frames is not None:
             raise Unsupported(f"{name} makes a picture; it has no number of frames")
+        most = self._settings.limits.images if kind.kind == "sdxl" else 1
+        if asked.images is not None and not 1 <= asked.images <= most:
+            raise OutOfRange(f"images {asked.images}: {name} makes 1 to {most}")
         if kind.output == "video":
             frames = spec.default_frames if asked.frames is None else asked.frames
             if (frames - 1) % 4 or not 1 <= frames <= self._settings.limits.frames:
@@ -151,101 +126,44 @@ class Planner:
         if width * height > most:
             raise OutOfRange(f"size {width}x{height}: more than the profile's {most} pixels")
 
-    # --- bytes ---------------------------------------------------------------------------------
+    # --- what comes of it ----------------------------------------------------------------------
 
-    def _phases(self, spec: ModelSpec, shape: Shape | None) -> list[Phase]:
-        configs = self._configs[spec.id]
-        if spec.kind == CHAT:
-            rows = self._settings.chat.max_running
-            return chat_phases(configs["weights"], spec.dtype, self._device, rows)
-        assert shape is not None
-        make = image_phases if spec.kind == "sdxl" else video_phases
-        return make(configs, spec.dtype, shape)
+    def _planned(self, job: str, spec: ModelSpec, shape: Shape | None, asked: Asked) -> PlannedJob:
+        if shape is None:
+            holder, tenants = ENGINES[0], self._chat_tenants(spec)
+            way = Way(name="whole", tenants=tuple(one.id for one in tenants), peak_bytes=0)
+            phases: Sequence[PhaseWays] = [PhaseWays(name="answer", ways=(way,))]
+        else:
+            holder, tenants = ENGINES[1], self.sizer.media_tenants(spec)
+            phases = self.sizer.media_phases(
+                spec, shape, steps=JOB_TYPES[job].steps * (asked.images or 1),
+                exactness=asked.exactness,
+            )  # fmt: skip
+        made = dry_run(self._at_start(), holder, tenants, phases, 0.0)
+        return PlannedJob(job, spec.id, _shape_text(shape, asked.images), tuple(made))
 
-    def _parts(self, spec: ModelSpec) -> list[Question]:
-        """A cheap question for each part of a model: its weights do not depend on the shape."""
-        if spec.kind == CHAT:
-            return [self._phases(spec, None)[-1].passes[0]]
-        phases = self._phases(spec, Shape(64, 64))
-        return [
-            phase.converted[0] if phase.converted else one
-            for phase in phases
-            for one in phase.passes
-        ]
+    def _at_start(self) -> Broker:
+        """The ledger once the chat models of the profile are loaded."""
+        broker = Broker(self._budget.total_bytes)
+        epochs = {name: broker.join(name, self._budget.process_bytes) for name in ENGINES}
+        loaded = preload_ids(self._chat, self._settings.chat.preload)
+        for number, spec in enumerate(self._chat.specs, 1):
+            tenants = self._chat_tenants(spec)
+            take = partial(broker.take, ENGINES[0], now=0.0)
+            take(message=Declare(epoch=epochs[ENGINES[0]], model=spec.id, tenants=tenants))
+            if spec.id in loaded:
+                way = Way(name="whole", tenants=tuple(one.id for one in tenants), peak_bytes=0)
+                take(
+                    message=Acquire(
+                        epoch=epochs[ENGINES[0]], number=number, request_id="start", phase=CHAT,
+                        ways=(way,), standing=True,
+                    )
+                )  # fmt: skip
+        broker.finish_all(0.0)
+        return broker
 
-    def _measure(self, phases: Sequence[Phase]) -> None:
-        """Find what is needed of these phases, of every model's weights and of chat's passes."""
-        chat = [phase for spec in self._chat.specs for phase in self._phases(spec, None)]
-        questions = [
-            *(one for phase in (*phases, *chat) for one in phase.passes),
-            *(one for phase in phases for one in phase.converted or ()),
-            *(one for spec in (*self._chat.specs, *self._media.specs) for one in self._parts(spec)),
-        ]
-        keys = [content_key(one) for one in questions]
-        self._answers |= zip(keys, self._peaks.ask(questions), strict=True)
-
-    def _answer(self, question: Question) -> Peak:
-        return self._answers[content_key(question)]
-
-    def _peak(self, phase: Phase) -> int:
-        peak = max(self._answer(one).peak_bytes for one in phase.passes)
-        if phase.converted:
-            before, after = (self._answer(one).weight_bytes for one in phase.converted)
-            peak += max(0, after - before)
-        return peak
-
-    def _plan(self, spec: ModelSpec, phases: Sequence[Phase]) -> Plan:
-        needs = [Need(phase.name, self._peak(phase)) for phase in phases]
-        return plan(needs, self._tenants(spec), self._budget.usable_bytes)
-
-    def _tenants(self, own: ModelSpec) -> list[Tenant]:
-        """All that is resident while `own` works."""
-        settings = self._settings
-        chats = {*preload_ids(self._chat, settings.chat.preload)}
-        medias = [*preload_ids(self._media, settings.media.preload)]
-        if own.kind == CHAT:
-            chats.add(own.id)
-        else:  # the least recently used go when a new one comes
-            others = [one for one in medias if one != own.id]
-            medias = [own.id, *others[: settings.media.max_resident - 1]]
-        tenants = []
-        for spec in self._chat.specs:
-            if spec.id in chats:
-                tenants.append(Tenant("weights", spec.id, self.weights(spec), movable=False))
-                tenants.append(Tenant("keys and values", spec.id, settings.chat.kv_bytes, False))
-        if own.kind != CHAT and chats:
-            # Chat goes on beside a job.
-            busiest = max(
-                self._peak(phase)
-                for spec in self._chat.specs
-                if spec.id in chats
-                for phase in self._phases(spec, None)
-            )
-            tenants.append(Tenant("a chat pass", CHAT, busiest, movable=False))
-        for spec in self._media.specs:
-            if spec.id in medias:
-                movable = spec.id != own.id
-                tenants.append(Tenant("weights", spec.id, self.weights(spec), movable))
-        return tenants
-
-
-def budget_of(settings: Settings, card: Card | None, memory_bytes: int | None) -> Budget:
-    """What to plan with: the memory named, else the card, else the container's memory.
-
-    Raises ConfigError for a profile that wants a card, on a machine without one.
-    """
-    wants = settings.daemon.device
-    if memory_bytes is not None:
-        on_card = wants != "cpu"
-        return Budget("a device", memory_bytes, CONTEXT_BYTES if on_card else 0)
-    if card is not None and wants != "cpu":
-        return Budget(card.name, card.total_bytes, CONTEXT_BYTES)
-    if wants == "cuda":
-        raise ConfigError(
-            'the profile has device "cuda" and this machine no NVIDIA card; '
-            "--memory 24GiB plans for one of that size"
-        )
-    return Budget("the CPU", host_memory().total_bytes, 0)
+    def _chat_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:
+        return self.sizer.chat(spec).tenants(spec, host_copy=self._device != "cpu")
 
 
 def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bool:
@@ -259,48 +177,48 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
     )
     console.print(f"{budget.name}: {gib(budget.total_bytes)}{less}", soft_wrap=True)
     table = Table()
-    for name in ("job", "phase", "resident", "pass", "together", "", ""):
+    for name in _COLUMNS:
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
     for row in rows:
-        for index, phase in enumerate(row.plan.phases):
-            verdict = f"short of {gib(phase.short_bytes)}" if phase.short_bytes else "fits"
+        for index, phase in enumerate(row.phases):
             job = (f"{row.job} {row.shape}", row.model, "")[min(index, 2)]
-            table.add_row(
-                job,
-                phase.name,
-                gib(phase.tenants_bytes),
-                gib(phase.peak_bytes),
-                gib(phase.total_bytes),
-                verdict,
-                row.plan.exactness,
-                end_section=index == len(row.plan.phases) - 1,
-            )
+            table.add_row(job, *_cells(phase), end_section=index == len(row.phases) - 1)
     console.print(table)
     for row in rows:
-        name = f"{row.job} {row.shape}".strip()
-        if not row.plan.fits:
+        if not row.fits:
+            name = f"{row.job} {row.shape}".strip()
             console.print(
-                f"{name} does not fit: {gib(row.plan.short_bytes)} are missing, with everything "
-                "unloaded that may go. A smaller size, fewer frames, a smaller [chat] kv_bytes or "
-                "a larger card would do.",
+                f"{name} does not fit: {row.phases[-1].refused}. A smaller size, fewer frames, a "
+                "smaller [chat] kv_bytes or a larger card would do.",
                 markup=False,
                 soft_wrap=True,
             )
-        elif row.plan.unload:
-            console.print(
-                f"{name} fits once {', '.join(row.plan.unload)} is unloaded: POST /memory/unload, "
-                "or a smaller [media] max_resident.",
-                markup=False,
-                soft_wrap=True,
-            )
-    return all(row.plan.fits for row in rows)
+    return all(row.fits for row in rows)
 
 
-_NUMBERS = ("resident", "pass", "together")
+_COLUMNS = ("job", "phase", "way", "parts", "pass", "left free", "what moves", "extra s", "result")
+_NUMBERS = ("parts", "pass", "left free", "extra s")
 
 
-def _shape_text(shape: Shape | None) -> str:
+def _cells(phase: PhasePlan) -> tuple[str, ...]:
+    if phase.refused is not None:
+        return phase.name, phase.way, "", gib(phase.peak_bytes), "", "", "", "does not fit"
+    moves = [f"{one['move']} {one['tenant']} {gib(one['bytes'])}" for one in phase.moves]
+    return (
+        phase.name,
+        phase.way,
+        gib(phase.tenants_bytes),
+        gib(phase.peak_bytes),
+        gib(phase.free_bytes),
+        "\n".join(moves) or "nothing",
+        f"{phase.seconds:.2f}",
+        phase.exactness,
+    )
+
+
+def _shape_text(shape: Shape | None, images: int | None) -> str:
     if shape is None:
         return ""
     frames = f"x{shape.frames}" if shape.frames > 1 else ""
-    return f"{shape.width}x{shape.height}{frames}"
+    count = f", {images} images" if images else ""
+    return f"{shape.width}x{shape.height}{frames}{count}"

@@ -47,6 +47,14 @@ class StandIn(Protocol):
     def close(self, port: int) -> None: ...
 
 
+class Memory(Protocol):
+    """Who is told when an engine begins and ends, because it holds device memory."""
+
+    def began(self, name: str) -> None: ...
+
+    def ended(self, name: str, now: float) -> None: ...
+
+
 class Supervisor:
     """Owner of all children: their state changes inside `tick` and nowhere else.
 
@@ -59,6 +67,7 @@ class Supervisor:
         spawn: Callable[[ChildSpec], Process],
         wire: Wire,
         stand_in: StandIn,
+        memory: Memory,
         last_words: Callable[[str], str],
         grace_s: float,
         kill_after_s: float,
@@ -73,6 +82,7 @@ class Supervisor:
         self._spawn = spawn
         self._wire = wire
         self._stand_in = stand_in
+        self._memory = memory
         self._last_words = last_words
         self._grace_s = grace_s
         self._kill_after_s = kill_after_s
@@ -141,6 +151,8 @@ class Supervisor:
         if code is None:
             return
         child.process, child.state, child.ready_at = None, None, None
+        if not child.spec.is_front:
+            self._memory.ended(child.name, now)
         if self.stopping:
             # One that ends before it was told to takes its running work with it.
             self._lost_work = self._lost_work or child.terminated_at is None
@@ -178,6 +190,8 @@ class Supervisor:
             return
         if child.spec.port is not None:
             self._stand_in.close(child.spec.port)
+        if not child.spec.is_front:
+            self._memory.began(child.name)
         child.process = self._spawn(child.spec)
         child.started_at = child.heard_at = now
         log.info("%s started, pid %d", child.name, child.process.pid)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
-from worker.protocol.messages import (
-    Hello,
-    Message,
-    State,
-    StatusQuery,
-    StatusReport,
-    StopQuery,
-)
+from worker.protocol.control import ORCHESTRATOR, Query
+from worker.protocol.messages import Hello, Message, State
 from worker.protocol.transport import (
     Client,
     Connected,
@@ -27,8 +20,6 @@ from worker.protocol.transport import (
     socket_path,
 )
 
-ME = "orchestrator"
-
 
 class ChildWire:
     """A connection to each child. Orchestrator thread only."""
@@ -37,6 +28,8 @@ class ChildWire:
         self, context: zmq.Context[zmq.Socket[bytes]], state_dir: Path, names: Sequence[str]
     ):
         self._clients = {name: Client(context, socket_path(state_dir, name)) for name in names}
+        self._epochs: dict[str, int] = {}
+        self._asked: list[tuple[str, Message]] = []
 
     def register(self, poller: zmq.Poller) -> None:
         for client in self._clients.values():
@@ -49,12 +42,24 @@ class ChildWire:
             while (event := client.receive()) is not None:
                 match event:
                     case Connected():
-                        client.answer_connected(Hello(peer=ME))
+                        epoch = self._epochs.get(name, 0)
+                        client.answer_connected(Hello(peer=ORCHESTRATOR, epoch=epoch))
                     case Disconnected():
                         heard.append((name, None))
                     case State():
                         heard.append((name, event))
+                    case _:
+                        self._asked.append((name, event))
         return heard
+
+    def began(self, name: str, epoch: int) -> None:
+        """A child has been started; it is told its epoch when it can be reached."""
+        self._epochs[name] = epoch
+
+    def take_asked(self) -> list[tuple[str, Message]]:
+        """What children asked for since the last call: everything but their states."""
+        asked, self._asked = self._asked, []
+        return asked
 
     def send(self, name: str, message: Message) -> None:
         try:
@@ -68,54 +73,28 @@ class ChildWire:
 
 
 class ControlServer:
-    """The socket that `orchestrator.py status` and `stop` talk to. Orchestrator thread only."""
+    """The socket for questions of `orchestrator.py status` and `stop`, and of the fronts.
+    Orchestrator thread only."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], state_dir: Path):
-        self._server = Server(context, socket_path(state_dir, ME))
+        self._server = Server(context, socket_path(state_dir, ORCHESTRATOR))
 
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._server.poll_target, zmq.POLLIN)
 
-    def receive(self) -> list[tuple[Peer, StatusQuery | StopQuery]]:
+    def receive(self) -> list[tuple[Peer, Query]]:
         queries = []
         while (received := self._server.receive()) is not None:
             peer, message = received
-            if isinstance(message, StatusQuery | StopQuery):
+            if isinstance(message, Query):
                 queries.append((peer, message))
         return queries
 
-    def reply(self, peer: Peer, report: StatusReport) -> None:
+    def reply(self, peer: Peer, answer: Message) -> None:
         try:
-            self._server.send(peer, report)
+            self._server.send(peer, answer)
         except PeerGone:
             return  # who asked has left
 
     def close(self) -> None:
         self._server.close()
-
-
-def ask_orchestrator(
-    state_dir: Path, query: type[StatusQuery] | type[StopQuery], timeout_s: float
-) -> StatusReport | None:
-    """Ask the orchestrator of this state folder; None when none answers in time."""
-    if not socket_path(state_dir, ME).exists():
-        return None
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-    client = Client(context, socket_path(state_dir, ME))
-    poller = zmq.Poller()
-    for target in client.poll_targets:
-        poller.register(target, zmq.POLLIN)
-    try:
-        waits_left = max(1, round(timeout_s / 0.1))
-        for _ in range(waits_left):
-            poller.poll(100)
-            while (event := client.receive()) is not None:
-                if isinstance(event, Connected):
-                    client.answer_connected(query(request_id=uuid.uuid4().hex))
-                elif isinstance(event, Disconnected):
-                    return None
-                elif isinstance(event, StatusReport):
-                    return event
-        return None
-    finally:
-        client.close()

@@ -26,4 +26,5 @@ class Peak:
     """The answer, in bytes."""
 
     weight_bytes: int  # parameters and buffers
+    streamed_bytes: int  # of the weights, with one block there at a time; all where it has none
     peak_bytes: int  # everything else that is alive at the worst moment, inputs included

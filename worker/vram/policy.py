@@ -49,7 +49,7 @@ class Tenant:
     place: Place  # where what is absent is; DEVICE where nothing is, or a part was shrunk
     held_bytes: int = 0  # on the device now; less than `size_bytes` where it was shrunk
     floor_bytes: int = 1  # that it can work with; `size_bytes` where it cannot shrink
-    in_use: bool = False  # computes or is being moved: never taken
+    in_use: bool = False  # computes or is being moved: not taken away
     pinned: bool = False  # never taken
     priority: int = 0  # of who uses it; higher is more urgent
     keep_until: float = 0.0  # monotonic seconds; certain to be used again before that
@@ -58,6 +58,7 @@ class Tenant:
     park_s: float = 0.0  # seconds to move it to host memory; 0 where a copy lies there
     wake_s: float = 0.0
     load_s: float = 0.0
+    shrinks_in_use: bool = False  # what it has above its floor may be taken while it is in use
 
     @property
     def ready(self) -> bool:
@@ -77,7 +78,9 @@ class Tenant:
 
     @property
     def takable(self) -> bool:
-        return self.held_bytes > 0 and not self.in_use and not self.pinned
+        if self.in_use:
+            return self.shrinks_in_use and self.held_bytes > self.floor_bytes and not self.pinned
+        return self.held_bytes > 0 and not self.pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +293,7 @@ def _ways(state: State) -> list[list[_Take]]:
         if 0 < spare < held:
             back_s = one.wake_s * spare / size
             ways.append(_Take(Kind.SHRINK, one.id, spare, 0, worth * back_s + _tie(spare)))
-        if one.id not in state.need:
+        if one.id not in state.need and not one.in_use:
             park_s = one.park_s + worth * one.wake_s + _tie(held)
             drop_s = worth * one.load_s + _tie(held)
             if size <= state.host_free_bytes and not (roomy and drop_s < park_s):

@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from worker.catalog import ModelSpec
 from worker.config import REPOSITORY
 from worker.errors import ModelUnavailable, WorkerError
 from worker.vram.peak import Peak, Question
+from worker.vram.phases import Phase
 
 MEASURE_TIMEOUT_S = 600.0
 PARTS = {
@@ -66,26 +68,62 @@ def part_configs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
     return found
 
 
-class Peaks:
-    """Answers from disk, or measured now and kept. For one process at a time."""
+def chat_weight_bytes(
+    spec: ModelSpec, config: Mapping[str, Any], file_bytes: int, device: str
+) -> int:
+    """Bytes of a chat model's weights on the device. file_bytes: of its files' tensors."""
+    if device == "cpu" and config.get("tie_word_embeddings"):
+        # Packed layers (worker/engine/chat/linear.py): a tied output layer is a copy. In bfloat16
+        # only some processors pack; counted for all.
+        width = {"float32": 4, "bfloat16": 2}.get(spec.dtype, 0)
+        return file_bytes + int(config["vocab_size"]) * int(config["hidden_size"]) * width
+    return file_bytes
 
-    def __init__(self, state_dir: Path):
+
+class Peaks:
+    """Answers from disk, or measured now and kept.
+
+    Of two processes that write at the same time one loses its answer, and measures it again.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        measure: Callable[[Sequence[Question]], list[Peak]] | None = None,
+    ):
+        """measure: how; in a short-lived process where it is not given."""
         self._path = state_dir / "peaks.json"
+        self._measure = measure or measured_apart
+        self._known: dict[str, Peak] = {}
 
     def ask(self, questions: Sequence[Question]) -> list[Peak]:
         """Answers in order. Raises WorkerError when one cannot be measured.
 
         What is not known takes some 6 s for the libraries and up to 2 s for each question.
         """
-        known = self._read()
-        missing = {content_key(one): one for one in questions if content_key(one) not in known}
+        asked = {content_key(one): one for one in questions}
+        if not asked.keys() <= self._known.keys():
+            self._known |= self._read()
+        missing = {key: one for key, one in asked.items() if key not in self._known}
         if missing:
-            known |= zip(missing, _measured([*missing.values()]), strict=True)
+            self._known |= zip(missing, self._measure([*missing.values()]), strict=True)
+            known = self._read() | self._known
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_suffix(f".{os.getpid()}.partial")
             partial.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1))
             partial.replace(self._path)
-        return [known[content_key(one)] for one in questions]
+        return [self._known[key] for key in map(content_key, questions)]
+
+    def of_phase(self, phase: Phase, *, tiled: bool = False) -> int:
+        """Bytes that a phase takes beside its parts. tiled: with a tiled VAE."""
+        passes = [replace(one, tiled=True) for one in phase.passes] if tiled else phase.passes
+        converted = phase.converted or ()
+        answers = self.ask([*passes, *converted])
+        peak = max(answer.peak_bytes for answer in answers[: len(passes)])
+        if phase.converted:
+            before, after = answers[len(passes) :]
+            peak += max(0, after.weight_bytes - before.weight_bytes)
+        return peak + phase.beside_bytes
 
     def _read(self) -> dict[str, Peak]:
         try:
@@ -94,7 +132,7 @@ class Peaks:
             return {}
 
 
-def _measured(questions: Sequence[Question]) -> list[Peak]:
+def measured_apart(questions: Sequence[Question]) -> list[Peak]:
     asked = b"".join(msgspec.json.encode(one) + b"\n" for one in questions)
     done = subprocess.run(
         [sys.executable, "-m", "worker.engine.peaks"],

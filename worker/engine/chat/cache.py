@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-BLOCK_TOKENS = 16
+from worker.vram.phases import BLOCK_TOKENS as BLOCK_TOKENS
 
 
 def block_names(

@@ -20,27 +20,40 @@ import torch
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
 from worker.engine.chat.forecast import Forecast, Pace, Work, forecast
+from worker.engine.chat.lane import Lane
 from worker.engine.chat.model import LanguageModel, PromptReader
 from worker.engine.chat.request import Request
 from worker.engine.chat.sampling import NotANumber, draw
 from worker.engine.chat.scheduler import Piece, Plan, TokenSequence
 from worker.engine.device import translated
 from worker.engine.host import Outbox, Report, Ticket
+from worker.engine.leases import Leases
 from worker.engine.residents import Residents
-from worker.errors import Cancelled, DeadlineExceeded, InvalidRequest, WorkerError
+from worker.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    WorkerError,
+)
 from worker.log import request_scope
+from worker.modelfiles import weight_bytes
 from worker.protocol.messages import (
     Generate,
     LoadModel,
     Message,
+    ModelChanged,
     Render,
     Rendered,
     Token,
     Tokens,
     UnloadModel,
+    Yield,
     failed,
 )
 from worker.protocol.transport import Peer
+from worker.vram.planner import WEIGHTS, ChatBytes, Sizer
+from worker.vram.sizes import Peaks
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +93,8 @@ class ChatEngine:
         device: torch.device,
         state_dir: Path,
         outbox: Outbox,
+        leases: Leases,
+        peaks: Peaks,
         *,
         kv_bytes: int,
         max_running: int,
@@ -95,6 +110,7 @@ class ChatEngine:
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
+        self._leases = leases
         self._kv_bytes = kv_bytes
         self._max_running = max_running
         self._compiles = compiles
@@ -106,6 +122,14 @@ class ChatEngine:
             catalog.specs, device, self._load, lambda: outbox.publish(self.report())
         )
         self._preload = deque(preload)
+        self._sizer = Sizer(peaks, device.type, kv_bytes=kv_bytes, max_running=max_running)
+        self._lanes = {
+            spec.id: Lane(
+                spec, partial(self._sizes, spec), leases, self,
+                host_copy=LanguageModel.parks(device),
+            )
+            for spec in catalog.specs
+        }  # fmt: skip
         self._arrived: deque[_Waiting] = deque()
         self._requests: dict[Ticket, Request] = {}
         self._of_sequence: dict[TokenSequence, Request] = {}
@@ -119,6 +143,8 @@ class ChatEngine:
 
     def submit(self, ticket: Ticket, message: Message) -> None:
         """Take a request; every answer and error goes to the outbox."""
+        if self._leases.take(message):
+            return
         if isinstance(message, Render):
             self._answer(ticket, lambda: self._render(message))
             return
@@ -134,12 +160,13 @@ class ChatEngine:
             if waiting.ticket == ticket:
                 self._arrived.remove(waiting)
                 self._fail(ticket, error)
+                self._give_up_unwanted_lanes()
 
     def step(self) -> bool:
-        """Do one round: load a model, or one forward pass of one model. False when idle."""
-        if self._preload:
-            model_id = self._preload.popleft()
-            quietly(lambda: self._models.ensure(model_id))
+        """Do one round: bring a model, or one forward pass of one model. False when idle."""
+        if not self._leases.connected:
+            return False
+        if self._preload and self._brought_before_the_first_request():
             return True
         self._compile_what_is_loaded()
         began = self._begin_what_arrived()
@@ -147,9 +174,9 @@ class ChatEngine:
         if not self._turns:
             return began
         started = self._clock()
-        model = self._turns[0]
-        self._turns.rotate(-1)
-        plan = model.scheduler.plan()
+        model, plan = self._next_turn()
+        if not plan:
+            return began
         self._move(model, plan)
         drawn = self._compute(model, plan.pieces)
         prompt_tokens = sum(p.end - p.begin for p in plan.pieces if not p.sequence.decoding)
@@ -177,46 +204,213 @@ class ChatEngine:
                 "first_end_ms": round(expected.first_end_s * 1000),
                 "begin_ms": round(expected.begin_s * 1000),
                 "models_compiled": sum(model.forward.compiled for model in models),
+                "device_bytes_held": sum(
+                    lane.sizes.weights + lane.sizes.pass_peak + self._models.get(name).pool_bytes
+                    for name, lane in self._lanes.items()
+                    if lane.here and name in self._models
+                ),
             },
         )
+
+    def give_back(self, order: Yield) -> int | None:
+        """What the broker asks for: bytes of a pool, or of a model on which nothing runs."""
+        model_id, part = order.tenant.rsplit(".", 1)
+        lane = self._lanes[model_id]
+        if not lane.here:
+            # Weights may lie there without a pool, or a pool without a lease.
+            return self._take_away(lane, part)
+        model = self._models.get(model_id)
+        if order.kind in ("shrink", "grow"):
+            return self._resize(lane, model, order.held_bytes)
+        if any(model.scheduler):
+            if order.wait:
+                lane.leaving = True
+                return None
+            return self._held(lane, model, part)
+        return self._take_away(lane, part)
+
+    # --- where models are ------------------------------------------------------------------------
+
+    def _brought_before_the_first_request(self) -> bool:
+        """Whether something was done for the models that are loaded at start."""
+        lane = self._lanes[self._preload[0]]
+        if not lane.wanted and not lane.here:
+            quietly(partial(lane.want, "start"))
+        elif lane.wanted and not lane.granted:
+            quietly(partial(lane.want, "start"))  # says so when it was refused
+        if lane.granted:
+            quietly(partial(self._bring, lane))
+        elif lane.wanted:
+            return False
+        self._preload.popleft()
+        return True
+
+    def _is_here(self, model_id: str, request_id: str) -> bool:
+        """Whether a model can compute; asks for what it lacks. Raises what bringing it raises."""
+        lane = self._lanes[model_id]
+        if lane.here and not lane.leaving:
+            return True
+        if lane.leaving:
+            return False
+        lane.want(request_id)
+        if lane.granted:
+            self._bring(lane)
+        return lane.here
+
+    def _bring(self, lane: Lane) -> None:
+        """Put a model where its lease says. Raises what loading raises."""
+        model_id = lane.spec.id
+        began = self._clock()
+        there = model_id in self._models and self._models.get(model_id).on_device
+        try:
+            model = self._models.ensure(model_id)
+            model.wake()
+            seconds = self._clock() - began
+            had_a_pool = model.pool.count > 0
+            model.resize(lane.pool_bytes())
+            if not had_a_pool:
+                model.pin(self._pinned, deterministic=self._pinned_deterministic)
+        except Exception as exc:
+            self._models.drop(model_id)
+            lane.failed()
+            if isinstance(exc, ModelUnavailable):
+                self._models.broken(model_id, str(exc))
+            raise
+        lane.arrived(model.pool_bytes, now=self._clock(), brought_s=None if there else seconds)
+
+    def _take_away(self, lane: Lane, part: str) -> int:
+        """A tenant leaves the device; without it the other one is of no use for a while."""
+        model_id = lane.spec.id
+        if model_id not in self._models:
+            lane.left()
+            return 0
+        model = self._models.get(model_id)
+        if part == WEIGHTS and model.can_park:
+            model.park()
+        elif part == WEIGHTS:
+            self._models.drop(model_id)
+            lane.gone(lane.kv)
+        else:
+            model.resize(0)
+        lane.left()
+        return 0
+
+    def _resize(self, lane: Lane, model: LanguageModel, held_bytes: int) -> int:
+        """Another size for a pool; at least what the longest of its sequences may need."""
+        model.resize(max(held_bytes - lane.sizes.pass_peak, model.needed_pool_bytes))
+        return model.pool_bytes + lane.sizes.pass_peak
+
+    def _held(self, lane: Lane, model: LanguageModel, part: str) -> int:
+        if part == WEIGHTS:
+            return lane.sizes.weights
+        return model.pool_bytes + lane.sizes.pass_peak
+
+    def _unloaded(self, model_id: str) -> None:
+        """By hand: the memory goes back, and the lease with it."""
+        lane = self._lanes[model_id]
+        if lane.here:
+            lane.gone(lane.weights, lane.kv)
+
+    def _give_up_unwanted_lanes(self) -> None:
+        wanted = {waiting.message.model for waiting in self._arrived}  # type: ignore[attr-defined]
+        for model_id, lane in self._lanes.items():
+            if lane.wanted and model_id not in wanted and model_id not in self._preload:
+                lane.give_up()
+
+    def _sizes(self, spec: ModelSpec) -> ChatBytes:
+        """Raises ModelUnavailable."""
+        self._models.require_files(spec.id)
+        return self._sizer.chat(spec, weight_bytes(spec))
 
     # --- requests ------------------------------------------------------------------------------
 
     def _begin_what_arrived(self) -> bool:
-        """Messages in order of arrival; one that changes a model holds back later ones of it."""
+        """Messages in order of arrival; one that waits for its model, or changes it, holds back
+        later ones of it."""
         later: deque[_Waiting] = deque()
         held: set[str] = set()
         began = False
         while self._arrived:
             waiting = self._arrived.popleft()
-            message = waiting.message
-            match message:
-                case Generate() if message.model not in held:
-                    self._answer(waiting.ticket, partial(self._begin, waiting, message))
-                case LoadModel() if self._is_free(message.model, held):
-                    self._answer(waiting.ticket, partial(self._models.load_for, message))
-                case UnloadModel() if self._is_free(message.model, held):
-                    self._answer(waiting.ticket, partial(self._models.unload_for, message))
-                case Generate() | LoadModel() | UnloadModel():
-                    held.add(message.model)
-                    later.append(waiting)
-                    continue
-                case _:
-                    log.error("the chat engine does not take %s", type(message).__name__)
-                    error = InvalidRequest("the chat engine does not take this message")
-                    self._fail(waiting.ticket, error)
-            began = True
+            begun = self._began(waiting, held)
+            began |= begun
+            if not begun:
+                held.add(waiting.message.model)  # type: ignore[attr-defined]
+                later.append(waiting)
         self._arrived = later
         return began
+
+    def _began(self, waiting: _Waiting, held: set[str]) -> bool:
+        """Whether a message is done with, or begun; one of a model in `held` has to wait."""
+        message, ticket = waiting.message, waiting.ticket
+        match message:
+            case Generate():
+                if message.model in held:
+                    self._tell_that_it_waits(message)
+                    return False
+                return self._begun_if_here(waiting, message.model, partial(self._begin, waiting))
+            case LoadModel():
+                if not self._is_free(message.model, held):
+                    return False
+                return self._begun_if_here(
+                    waiting, message.model, partial(self._loaded, waiting, message)
+                )
+            case UnloadModel():
+                if not self._is_free(message.model, held):
+                    return False
+                self._answer(ticket, partial(self._unload, message))
+            case _:
+                log.error("the chat engine does not take %s", type(message).__name__)
+                error = InvalidRequest("the chat engine does not take this message")
+                self._fail(ticket, error)
+        return True
+
+    def _begun_if_here(
+        self, waiting: _Waiting, model_id: str, begin: Callable[[], Message | None]
+    ) -> bool:
+        here = True
+
+        def work() -> Message | None:
+            nonlocal here
+            self._require_time(waiting)
+            here = self._is_here(model_id, waiting.ticket.request_id)
+            return begin() if here else None
+
+        self._answer(waiting.ticket, work)
+        return here
+
+    def _tell_that_it_waits(self, message: Generate) -> None:
+        lane = self._lanes[message.model]
+        if lane.wanted and not lane.granted:
+            lane.also(message.request_id)
+
+    def _loaded(self, waiting: _Waiting, message: LoadModel) -> Message:
+        changed = self._lanes[message.model].here_since >= waiting.arrived
+        return ModelChanged(
+            request_id=message.request_id, model=message.model, changed=changed,
+            seconds=self._clock() - waiting.arrived,
+        )  # fmt: skip
+
+    def _unload(self, message: UnloadModel) -> Message:
+        reply = self._models.unload_for(message)
+        self._unloaded(message.model)
+        return reply
 
     def _is_free(self, model_id: str, held: set[str]) -> bool:
         return model_id not in held and all(
             request.message.model != model_id for request in self._requests.values()
         )
 
-    def _begin(self, waiting: _Waiting, message: Generate) -> None:
-        if self._clock() > waiting.arrived + message.deadline_s:
-            raise _too_late(message.deadline_s)
+    def _require_time(self, waiting: _Waiting) -> None:
+        """Raises DeadlineExceeded for a request whose time is over before it begins."""
+        message = waiting.message
+        if isinstance(message, Generate):
+            if self._clock() > waiting.arrived + message.deadline_s:
+                raise _too_late(message.deadline_s)
+
+    def _begin(self, waiting: _Waiting) -> None:
+        message = waiting.message
+        assert isinstance(message, Generate)
         model = self._models.ensure(message.model)
         request = Request(waiting.ticket, message, model, waiting.arrived)
         self._requests[waiting.ticket] = request
@@ -224,11 +418,27 @@ class ChatEngine:
         model.scheduler.add(request.sequence)
         if model not in self._turns:
             self._turns.append(model)
+            self._lanes[message.model].use(busy=True)
 
     def _end_what_is_late(self) -> None:
         now = self._clock()
         for request in [one for one in self._requests.values() if now > one.ends]:
             self._end(request, _too_late(request.message.deadline_s))
+        for waiting in list(self._arrived):  # for its model
+            message = waiting.message
+            if isinstance(message, Generate) and now > waiting.arrived + message.deadline_s:
+                self._arrived.remove(waiting)
+                self._fail(waiting.ticket, _too_late(message.deadline_s))
+                self._give_up_unwanted_lanes()
+
+    def _next_turn(self) -> tuple[LanguageModel, Plan]:
+        """The next model that can compute, and its pass; an empty one where all wait for room."""
+        for _ in range(len(self._turns)):
+            model = self._turns[0]
+            self._turns.rotate(-1)
+            if plan := model.scheduler.plan():
+                break
+        return model, plan
 
     def _move(self, model: LanguageModel, plan: Plan) -> None:
         """Park and resume; a sequence whose keys and values cannot be moved fails alone."""
@@ -344,6 +554,15 @@ class ChatEngine:
             self._turns.remove(model)
             model.pool.check()
             assert model.pool.used == 0, "blocks are used by no sequence"
+            self._rests(self._lanes[request.message.model])
+
+    def _rests(self, lane: Lane) -> None:
+        """Nothing runs on a model any more."""
+        lane.use(busy=False)
+        if lane.leaving:
+            for part in (lane.weights, lane.kv):
+                if self._leases.is_wanted(part) is not None:
+                    self._leases.gave(part, self._take_away(lane, part.rsplit(".", 1)[1]))
 
     def _expected(self) -> Forecast:
         """Of all models together: as exact as the places of the fullest one allow."""
@@ -379,7 +598,7 @@ class ChatEngine:
         )
 
     def _load(self, spec: ModelSpec) -> LanguageModel:
-        model = LanguageModel(
+        return LanguageModel(
             spec,
             self._device,
             self._state_dir,
@@ -387,8 +606,6 @@ class ChatEngine:
             kv_bytes=self._kv_bytes,
             max_running=self._max_running,
         )
-        model.pin(self._pinned, deterministic=self._pinned_deterministic)
-        return model
 
     def _reader(self, model_id: str) -> PromptReader:
         if model_id not in self._readers:

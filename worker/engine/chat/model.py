@@ -22,6 +22,7 @@ from worker.engine.chat.runner import Runner
 from worker.engine.chat.scheduler import Scheduler, TokenSequence
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
+from worker.engine.parking import Parked
 from worker.errors import ConfigError, ModelUnavailable
 from worker.modelfiles import combined_sha256, require_files, weight_bytes, weights_sha256
 from worker.protocol.messages import ChatMessage
@@ -88,7 +89,11 @@ class PromptReader:
 
 
 class LanguageModel:
-    """Weights and KV pool on the device, with what plans and runs passes. Engine thread only."""
+    """Weights and KV pool, with what plans and runs passes. Engine thread only.
+
+    Loaded, its weights are on the device of a CPU, and in host memory for a card until `wake`; the
+    pool is empty until `resize`.
+    """
 
     def __init__(
         self,
@@ -99,10 +104,12 @@ class LanguageModel:
         *,
         kv_bytes: int,
         max_running: int,
+        parks: bool | None = None,
     ):
         """Load; a new object every time. Raises ModelUnavailable.
 
-        kv_bytes: of the KV pool. max_running: sequences in one pass.
+        kv_bytes: of the whole KV pool. max_running: sequences in one pass. parks: whether the
+        weights are held in host memory too; None: as `parks` says for the device.
         """
         from transformers import AutoModelForCausalLM
 
@@ -126,33 +133,78 @@ class LanguageModel:
                 f"{spec.id}: some of its layers attend to a window only; this worker runs models "
                 "whose layers all see the whole text"
             )
+        dtype = getattr(torch, spec.dtype)
         shape = {
             "layers": config.num_hidden_layers,
             "heads": config.num_key_value_heads,
             "head_size": getattr(config, "head_dim", None)
             or config.hidden_size // config.num_attention_heads,
         }
-        dtype = getattr(torch, spec.dtype)
-        block_bytes = PagedKV.block_bytes(**shape, dtype=dtype)
-        blocks = kv_bytes // block_bytes
-        if blocks < 1:
+        self._block_bytes = PagedKV.block_bytes(**shape, dtype=dtype)
+        self._whole_blocks = kv_bytes // self._block_bytes
+        if self._whole_blocks < 1:
             raise ModelUnavailable(
                 f"{spec.id}: [chat] kv_bytes is {kv_bytes}, and {BLOCK_TOKENS} tokens need "
-                f"{block_bytes}"
+                f"{self._block_bytes}"
             )
-        kv = PagedKV(**shape, blocks=blocks, dtype=dtype, device=device)
-        model = model.to(device).eval()
-        if device.type == "cpu" and can_pack(dtype):
+        kv = PagedKV(**shape, blocks=0, dtype=dtype, device=device)
+        model = model.eval()
+        self._parked: Parked | None = None
+        if self.parks(device) if parks is None else parks:
+            self._parked = Parked(model, device, name=spec.id)
+        elif device.type == "cpu" and can_pack(dtype):
             pack(model)
         self.forward = Forward(spec.id, model)
         self.runner = Runner(self.forward, kv)
-        self.pool = BlockPool(blocks)
+        self.pool = BlockPool(0)
         self.scheduler = Scheduler(
             self.pool,
             max_running=max_running,
             pass_tokens=max(max_running, PASS_TOKENS[device.type]),
         )
         self.reader = reader
+
+    @staticmethod
+    def parks(device: torch.device) -> bool:
+        """Whether weights stay in host memory when they leave this device. A CPU's are packed for
+        its kernels, in a form that cannot be copied; they are loaded again."""
+        return device.type != "cpu"
+
+    @property
+    def can_park(self) -> bool:
+        return self._parked is not None
+
+    @property
+    def on_device(self) -> bool:
+        return self._parked is None or self._parked.awake
+
+    def wake(self) -> None:
+        """Raises torch.OutOfMemoryError."""
+        if self._parked is not None:
+            self._parked.wake()
+
+    def park(self) -> None:
+        """The weights leave the device. Nothing runs."""
+        assert self._parked is not None
+        self._parked.park()
+
+    def close(self) -> None:
+        """Nothing is to be given back but memory."""
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool.count * self._block_bytes
+
+    @property
+    def needed_pool_bytes(self) -> int:
+        """That the longest of its sequences may take."""
+        return max((one.most_blocks for one in self.scheduler), default=0) * self._block_bytes
+
+    def resize(self, pool_bytes: int) -> None:
+        """Another size for the pool. Sequences that do not fit are parked, and come back."""
+        blocks = pool_bytes // self._block_bytes
+        if blocks != self.pool.count:
+            self.runner.resize(self.scheduler, self.pool, blocks)
 
     def pin(self, system_prompts: Sequence[str], *, deterministic: bool) -> None:
         """Compute the beginnings of chats with these system prompts, and keep them cached.
@@ -180,13 +232,14 @@ class LanguageModel:
 
     @property
     def context_tokens(self) -> int:
-        """Tokens that one sequence may have: the model's, or as many as the KV pool holds."""
-        return min(self.reader.context_tokens, self.pool.count * BLOCK_TOKENS)
+        """Tokens that one sequence may have: the model's, or as many as the whole KV pool holds.
+        One that a shrunk pool does not hold waits until it has grown."""
+        return min(self.reader.context_tokens, self._whole_blocks * BLOCK_TOKENS)
 
     def describe(self) -> dict[str, Any]:
         return {
             "context_tokens": self.context_tokens,
-            "kv_tokens": self.pool.count * BLOCK_TOKENS,
+            "kv_tokens": self._whole_blocks * BLOCK_TOKENS,
             "tokenizer_sha256": self.reader.tokenizer.sha256,
             "template": self.reader.template.name,
             "weights": self.weights,

@@ -77,6 +77,10 @@ class Plan:
     )  # with the blocks it had
     resume: list[TokenSequence] = field(default_factory=list)  # with the blocks it has now
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.pieces or self.park or self.resume)
+
 
 class Scheduler:
     """Sequences of one model in the order of arrival. Engine thread only."""
@@ -106,7 +110,8 @@ class Scheduler:
         return iter([*self._running, *self._parked, *self._waiting])
 
     def add(self, sequence: TokenSequence) -> None:
-        """Take a sequence. The caller has seen that the pool holds its `most_blocks`."""
+        """Take a sequence. The caller has seen that the whole pool holds its `most_blocks`; while
+        it is shrunk below that, the sequence waits."""
         self._waiting.append(sequence)
 
     def remove(self, sequence: TokenSequence) -> None:
@@ -156,9 +161,10 @@ class Scheduler:
     def shrink_to(self, count: int) -> list[tuple[TokenSequence, list[int]]]:
         """Park the last sequences until `count` blocks hold the others. Then resize the pool.
 
-        Raises ValueError when one of the sequences can need more than `count`.
+        Raises ValueError when one that has begun can need more than `count`.
         """
-        most = max((sequence.most_blocks for sequence in self), default=0)
+        begun = [*self._running, *self._parked]
+        most = max((sequence.most_blocks for sequence in begun), default=0)
         if most > count:
             raise ValueError(f"a sequence can need {most} blocks, more than {count}")
         parked = []
@@ -212,6 +218,8 @@ class Scheduler:
         if not self._waiting or self._parked or len(self._running) >= self._max_running:
             return False
         sequence = self._waiting[0]
+        if sequence.most_blocks > self.pool.count:
+            return False
         names = sequence.prompt_names
         shared = self.pool.find(names)
         coming = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 from worker.catalog import ModelSpec
 from worker.modelfiles import combined_sha256, weights_sha256
@@ -17,3 +19,13 @@ def component_hashes(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
     for path, digest in files.items():
         parts.setdefault(path.split("/")[0], {})[path] = digest
     return {part: f"sha256:{combined_sha256(one)}" for part, one in sorted(parts.items())}
+
+
+def tokenizer_hashes(*tokenizers: Any) -> list[str]:
+    """SHA-256 of each tokenizer as it was loaded: vocabulary, rules and special tokens."""
+    return [
+        hashlib.sha256(
+            (one.backend_tokenizer.to_str() + str(one.model_max_length)).encode()
+        ).hexdigest()
+        for one in tokenizers
+    ]

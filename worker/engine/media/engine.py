@@ -1,6 +1,8 @@
-"""The media engine: one job at a time; each image of a job is a render of its own.
+"""The media engine: one job at a time, in phases: encode, denoise, decode.
 
-Cancellation and new messages are taken after every denoise step.
+Each phase computes with other parts of the model and asks for a lease of what it takes; what no
+lease keeps on the device may be asked back meanwhile. Cancellation and new messages are taken after
+every denoise step and while a lease is waited for.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
+from worker.engine.device import release_cache
 from worker.engine.host import Outbox, Report, Ticket
+from worker.engine.leases import Leases
+from worker.engine.media.embeddings import EmbeddingCache, Tensors
 from worker.engine.media.files import save_image, save_video
 from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
 from worker.engine.residents import Residents
-from worker.errors import Cancelled, InvalidRequest
+from worker.errors import Cancelled, InvalidRequest, OutOfDeviceMemory
 from worker.protocol.messages import (
     AssetFile,
     JobRendered,
@@ -35,8 +40,14 @@ from worker.protocol.messages import (
     failed,
 )
 from worker.receipt import text_sha256
+from worker.vram.sizes import Peaks
+from worker.vram.ways import EXACTNESS, ways
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+WAIT_S = 0.25  # how long a lease is waited for before a look at what else has arrived
+MAX_CLIMBS = 4  # ways that a phase tries after the device ran out of memory
 
 
 class MediaEngine:
@@ -53,12 +64,17 @@ class MediaEngine:
         device: torch.device,
         state_dir: Path,
         outbox: Outbox,
+        leases: Leases,
+        peaks: Peaks,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
+        self._leases = leases
         self._clock = clock
+        self._peaks = peaks
+        self._embeddings = EmbeddingCache(state_dir / "embeddings")
         self._models: Residents[Sdxl | Wan] = Residents(
             catalog.specs, device, self._load, lambda: outbox.publish(self.report()), max_resident
         )
@@ -73,7 +89,8 @@ class MediaEngine:
 
     def submit(self, ticket: Ticket, message: Message) -> None:
         """Take a request; every answer and error goes to the outbox."""
-        self._waiting.append((ticket, message))
+        if not self._leases.take(message):
+            self._waiting.append((ticket, message))
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a job: a waiting one now, the running one after its current step."""
@@ -91,7 +108,7 @@ class MediaEngine:
         if self._preload:
             model_id = self._preload.popleft()
             quietly(lambda: self._models.ensure(model_id))
-        elif self._waiting:
+        elif self._waiting and self._leases.connected:
             self._do(*self._waiting.popleft())
         else:
             return False
@@ -103,7 +120,15 @@ class MediaEngine:
             more_to_load=bool(self._preload),
             active=int(self._running is not None),
             waiting=len(self._waiting),
-            counters={"jobs_rendered": self._jobs_rendered, "denoise_steps": self._steps_done},
+            counters={
+                "jobs_rendered": self._jobs_rendered,
+                "denoise_steps": self._steps_done,
+                "embeddings_found": self._embeddings.hits,
+                "embeddings_computed": self._embeddings.misses,
+            },
+            gauges={
+                "device_bytes_held": sum(one.parts.held_bytes for one in self._models.loaded()),
+            },
         )
 
     # --- work ----------------------------------------------------------------------------------
@@ -129,40 +154,126 @@ class MediaEngine:
         track = _Track(self._outbox, ticket, job, seconds, self._clock)
         track.phase("load")
         model = self._models.ensure(job.model)
-        track.phase("encode")
         counts = model.token_counts(job.params.prompt)
         if job.params.negative_prompt is not None:
             model.token_counts(job.params.negative_prompt)
-        render = self._images if isinstance(model, Sdxl) else self._video
-        assets = render(model, job, track)  # type: ignore[arg-type]
+        taken: list[dict[str, Any]] = []
+        texts = model.known_texts(job.params, self._embeddings)
+        found = texts is not None
+        if texts is None:
+            texts = self._phase(
+                "encode", model, job, track, taken,
+                lambda: model.encode(job.params, self._embeddings),
+            )  # fmt: skip
+        latents = self._phase(
+            "denoise", model, job, track, taken, lambda: self._denoise(model, job, texts, track)
+        )
+        made = self._phase(
+            "decode", model, job, track, taken,
+            lambda: [model.decode(latents.pop(0)) for _ in range(len(latents))],
+        )  # fmt: skip
+        track.phase("save")
+        assets = self._save(job, made)
         track.end()
         self._jobs_rendered += 1
+        receipt = self._receipt(job, model, counts, assets) | {
+            "exactness": max((one["exactness"] for one in taken), key=EXACTNESS.index),
+            "plan": taken,
+            "embeddings": "found" if found else "computed",
+        }
         return JobRendered(
-            request_id=job.request_id,
-            assets=tuple(assets),
-            receipt=self._receipt(job, model, counts, assets),
-            seconds=seconds,
+            request_id=job.request_id, assets=tuple(assets), receipt=receipt, seconds=seconds
         )
 
-    def _images(self, model: Sdxl, job: RenderJob, track: _Track) -> list[AssetFile]:
-        assets = []
-        for index in range(job.params.num_images):
-            seed = job.params.seed + index
-            picture = model.image(job.params, seed, lambda step: self._on_step(track, step))
-            track.phase("save")
-            assets.append(save_image(Path(job.staging_dir), index, picture, seed))
-            track.image_done()
-        return assets
+    def _phase(
+        self,
+        name: str,
+        model: Sdxl | Wan,
+        job: RenderJob,
+        track: _Track,
+        taken: list[dict[str, Any]],
+        work: Callable[[], T],
+    ) -> T:
+        """Run a phase in the cheapest way that can be had; out of memory, in the next one.
 
-    def _video(self, model: Wan, job: RenderJob, track: _Track) -> list[AssetFile]:
-        frames = model.frames(job.params, lambda step: self._on_step(track, step))
-        track.phase("save")
-        folder = Path(job.staging_dir)
+        taken: gets what was done. Raises OutOfDeviceMemory and what `work` raises.
+        """
+        phase = model.phases(job.params)[name]
+        tiled = "vae" in phase.parts and name == "decode" and job.exactness != "bit"
+        passes = model.passes(job.params)[name]
+        left = ways(
+            job.model,
+            {part: model.parts[part].bytes for part in phase.parts},
+            self._peaks.of_phase(phase),
+            passes=passes,
+            tiled_bytes=self._peaks.of_phase(phase, tiled=True) if tiled else None,
+        )
+        for climbs in range(MAX_CLIMBS + 1):
+            with self._leases.phase(
+                job.request_id, name, left, lambda: self._wait(track), priority=job.priority,
+                model=job.model, work=passes * (job.params.num_images if name != "encode" else 1),
+                pixels=job.params.width * job.params.height * job.params.frames,
+            ) as lease:  # fmt: skip
+                track.phase(name)
+                way = lease.way
+                try:
+                    with model.parts.ready(lease, phase.parts):
+                        result = work()
+                    taken.append(
+                        {"phase": name, "way": way.name, "exactness": way.exactness}
+                        | ({"out_of_memory": climbs} if climbs else {})
+                    )
+                    return result
+                except torch.OutOfMemoryError as exc:
+                    log.warning("%s (%s) ran out of device memory: %s", name, way.name, exc)
+            # Here, outside of the except: its traceback would keep the tensors alive.
+            release_cache(self._device)
+            left = left[left.index(way) + 1 :]
+            if not left:
+                break
+        raise OutOfDeviceMemory(
+            f"the device ran out of memory in {name}, in every way that keeps the result exact: "
+            f"{phase.name} of {job.params.width}x{job.params.height}; a smaller size would do",
+            retry_after_s=5,
+        )
+
+    def _denoise(
+        self, model: Sdxl | Wan, job: RenderJob, texts: Tensors, track: _Track
+    ) -> list[torch.Tensor]:
+        """Latents of every image, so that the denoiser comes and goes once for all of them."""
+        track.begin_denoising()
+        latents = []
+        for index in range(job.params.num_images):
+            latents.append(
+                model.denoise(
+                    job.params, texts, job.params.seed + index,
+                    lambda step: self._on_step(track, step),
+                )
+            )  # fmt: skip
+            track.image_done()
+        return latents
+
+    def _save(self, job: RenderJob, made: Sequence[Any]) -> list[AssetFile]:
+        """made: pictures, or the frames of one video."""
+        folder, params = Path(job.staging_dir), job.params
+        if self._models.spec(job.model).kind == "sdxl":
+            return [
+                save_image(folder, index, picture, params.seed + index)
+                for index, picture in enumerate(made)
+            ]
+        frames = made[0]
         if job.output == "image":
             from PIL import Image
 
-            return [save_image(folder, 0, Image.fromarray(frames[0]), job.params.seed)]
-        return [save_video(folder, frames, job.params.fps, job.params.seed)]
+            return [save_image(folder, 0, Image.fromarray(frames[0]), params.seed)]
+        return [save_video(folder, frames, params.fps, params.seed)]
+
+    def _wait(self, track: _Track) -> None:
+        """For a lease."""
+        track.phase("wait")
+        self._outbox.wait(WAIT_S)
+        if self._cancelled:
+            raise Cancelled("the job was cancelled while it waited for device memory")
 
     def _on_step(self, track: _Track, step: int) -> None:
         """Between two denoise steps: tell, listen, and stop if told to."""
@@ -192,7 +303,6 @@ class MediaEngine:
             and params.guidance_scale > 1,
             "seeds": [asset.seed for asset in assets],
             "assets_sha256": [asset.sha256 for asset in assets],
-            "exactness": "bit",
             "device": str(self._device),
             # Sums are split over threads, so another count may round another way.
             "cpu_threads": torch.get_num_threads() if self._device.type == "cpu" else None,
@@ -201,7 +311,7 @@ class MediaEngine:
 
     def _load(self, spec: ModelSpec) -> Sdxl | Wan:
         build = Sdxl if spec.kind == "sdxl" else Wan
-        return build(spec, self._device, self._state_dir)
+        return build(spec, self._device, self._state_dir, self._leases)
 
 
 class _Track:
@@ -227,19 +337,18 @@ class _Track:
         self._since = clock()
 
     def phase(self, name: str) -> None:
-        self.end()
-        self._phase = name
-        self._tell()
+        if name != self._phase:
+            self.end()
+            self._phase = name
+            self._tell()
+
+    def begin_denoising(self) -> None:
+        self.done = self._before = 0
 
     def step(self, step: int) -> None:
         """Step `step` of the current image is done."""
-        if self._phase != "denoise":
-            self.end()
-            self._phase = "denoise"
         self.done = self._before + step
         self._tell()
-        if step == self._per_image:
-            self.phase("decode")
 
     def image_done(self) -> None:
         self._before += self._per_image

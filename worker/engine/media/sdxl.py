@@ -1,4 +1,8 @@
-"""SDXL text-to-image through diffusers' own pipeline, called once per image."""
+"""SDXL text-to-image through diffusers' own pipeline, in three phases: encode, denoise, decode.
+
+Each phase computes with other parts of the model, so each of them can be on the device alone. The
+picture is the one of the pipeline's own single call, to the bit (tests/unit/test_media_phases.py).
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,27 @@ import torch
 from PIL import Image
 
 from worker.catalog import ModelSpec
-from worker.engine.media.components import component_hashes
+from worker.engine.leases import Leases
+from worker.engine.media.components import component_hashes, tokenizer_hashes
+from worker.engine.media.embeddings import EmbeddingCache, Tensors, embedding_key
+from worker.engine.media.parts import Parts
+from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_sdxl
 from worker.errors import ModelUnavailable, PromptTooLong
 from worker.modelfiles import require_files, weight_bytes
 from worker.protocol.messages import RenderParams
+from worker.vram.phases import Phase, Shape, image_phases
 
 # Called after denoise step `step` (from 1); may raise to end the render.
 OnStep = Callable[[int], None]
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 class Sdxl:
-    """A loaded SDXL pipeline. Engine thread only."""
+    """An SDXL pipeline whose weights are in host memory. Engine thread only."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path):
-        """Raises ModelUnavailable."""
+    def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path, leases: Leases):
+        """Load it; nothing of it is on the device then. Raises ModelUnavailable."""
         from diffusers import StableDiffusionXLPipeline
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -50,9 +60,21 @@ class Sdxl:
             _require_weights(pipeline)
         except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
-        self._pipeline = pipeline.to(device)
+        self._pipeline = computing_on(pipeline, device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._own_scheduler = self._pipeline.scheduler
+        self._spec = spec
+        self._device = device
+        self._tokenizers = tokenizer_hashes(pipeline.tokenizer, pipeline.tokenizer_2)
+        self._configs = module_configs(pipeline, PARTS)
+        self.parts = Parts(
+            spec.id, {name: getattr(pipeline, name) for name in PARTS}, device, leases,
+            pinned=spec.pinned, keep_alive_s=spec.keep_alive_s, priority=spec.priority,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give everything back that it holds."""
+        self.parts.close()
 
     def describe(self) -> dict[str, Any]:
         return {"components": self.components, "pipeline": type(self._pipeline).__name__}
@@ -75,8 +97,37 @@ class Sdxl:
             counts[name] = count
         return counts
 
-    def image(self, params: RenderParams, seed: int, on_step: OnStep) -> Image.Image:
-        """One picture: exactly the pipeline's own call with a CPU generator of `seed`."""
+    def phases(self, params: RenderParams) -> dict[str, Phase]:
+        """What one picture takes, by the phase's name."""
+        guided = params.guidance_scale > 1
+        shape = Shape(params.width, params.height, guided=guided)
+        return {one.name: one for one in image_phases(self._configs, self._spec.dtype, shape)}
+
+    def passes(self, params: RenderParams) -> dict[str, int]:
+        """How often the largest part of each phase computes."""
+        return {"encode": 2, "denoise": params.steps, "decode": 1}
+
+    def known_texts(self, params: RenderParams, cache: EmbeddingCache) -> Tensors | None:
+        """What the text encoders would make of these texts, if it is known."""
+        return cache.get(self._key(params))
+
+    @torch.inference_mode()
+    def encode(self, params: RenderParams, cache: EmbeddingCache) -> Tensors:
+        """What the denoiser reads of the texts."""
+        made = self._pipeline.encode_prompt(
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt,
+            device=self._device,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+        )
+        texts = {name: one for name, one in zip(_TEXTS, made, strict=True) if one is not None}
+        cache.put(self._key(params), texts)
+        return texts
+
+    def denoise(
+        self, params: RenderParams, texts: Tensors, seed: int, on_step: OnStep
+    ) -> torch.Tensor:
+        """Latents of one picture: the pipeline's own call with a CPU generator of `seed`."""
         pipeline = self._pipeline
         pipeline.scheduler = fresh_sdxl(self._own_scheduler, params.scheduler)
 
@@ -84,23 +135,69 @@ class Sdxl:
             on_step(index + 1)
             return tensors
 
-        result = pipeline(
-            prompt=params.prompt,
-            negative_prompt=params.negative_prompt,
+        latents: torch.Tensor = pipeline(
+            **{name: one.to(self._device) for name, one in texts.items()},
             width=params.width,
             height=params.height,
             num_inference_steps=params.steps,
             guidance_scale=params.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=step_done,
-        )
-        picture: Image.Image = result.images[0]
+            output_type="latent",
+        ).images
+        return latents
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> Image.Image:
+        """The picture of latents, as the end of the pipeline's call makes it."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        config = vae.config
+        # In float16 the published VAE overflows.
+        upcast = vae.dtype == torch.float16 and config.force_upcast
+        try:
+            if upcast:
+                pipeline.upcast_vae()
+                latents = latents.to(next(iter(vae.post_quant_conv.parameters())).dtype)
+            mean, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+            if mean is not None and deviation is not None:
+                mean, deviation = (
+                    torch.tensor(one).view(1, 4, 1, 1).to(latents.device, latents.dtype)
+                    for one in (mean, deviation)
+                )
+                latents = latents * deviation / config.scaling_factor + mean
+            else:
+                latents = latents / config.scaling_factor
+            image = vae.decode(latents, return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(dtype=torch.float16)
+        picture: Image.Image = pipeline.image_processor.postprocess(image, output_type="pil")[0]
         return picture
+
+    def _key(self, params: RenderParams) -> str:
+        guided = params.guidance_scale > 1
+        return embedding_key(
+            encoders={k: v for k, v in self.components.items() if k != "unet" and k != "vae"},
+            tokenizers=self._tokenizers,
+            dtype=self._spec.dtype,
+            device=self._device.type,
+            threads=torch.get_num_threads() if self._device.type == "cpu" else None,
+            texts=[params.prompt, params.negative_prompt if guided else None],
+            guided=guided,
+        )
 
     @property
     def scheduler_class(self) -> str:
         """The class that made the last picture."""
         return type(self._pipeline.scheduler).__name__
+
+
+_TEXTS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
 
 
 def _require_weights(pipeline: Any) -> None:

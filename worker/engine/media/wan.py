@@ -15,23 +15,29 @@ import torch
 from tokenizers import Tokenizer
 
 from worker.catalog import ModelSpec
+from worker.engine.leases import Leases
 from worker.engine.media.components import component_hashes
+from worker.engine.media.embeddings import EmbeddingCache, Tensors, embedding_key
 from worker.engine.media.files import Frames
+from worker.engine.media.parts import Parts
+from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_wan
 from worker.engine.media.sdxl import OnStep
 from worker.errors import ModelUnavailable, PromptTooLong
-from worker.modelfiles import require_files, weight_bytes
+from worker.modelfiles import file_sha256, require_files, weight_bytes
 from worker.protocol.messages import RenderParams
+from worker.vram.phases import Phase, Shape, video_phases
 
 # Positions of the text encoder that WAN 2.1 was trained with (text_len of its own config).
 TEXT_TOKENS = 512
+PARTS = ("text_encoder", "transformer", "vae")
 
 
 class Wan:
-    """A loaded WAN pipeline. Engine thread only."""
+    """A WAN pipeline whose weights are in host memory. Engine thread only."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path):
-        """Raises ModelUnavailable."""
+    def __init__(self, spec: ModelSpec, device: torch.device, state_dir: Path, leases: Leases):
+        """Load it; nothing of it is on the device then. Raises ModelUnavailable."""
         from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanVACEPipeline
 
         require_files(spec)
@@ -68,7 +74,7 @@ class Wan:
                 f"{spec.id}: {spec.shown_path} lacks {len(lacking)} weights, "
                 f"{lacking[0]} among them"
             )
-        self._pipeline = pipeline.to(device)
+        self._pipeline = computing_on(pipeline, device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._own_scheduler = self._pipeline.scheduler
         self._device = device
@@ -77,7 +83,18 @@ class Wan:
         self._tokenizer = Tokenizer.from_file(str(spec.path / "tokenizer" / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer_sha256 = file_sha256(spec.path / "tokenizer" / "tokenizer.json")
         self._pad_id = int(self._pipeline.text_encoder.config.pad_token_id)
+        self._spec = spec
+        self._configs = module_configs(pipeline, PARTS)
+        self.parts = Parts(
+            spec.id, {name: getattr(pipeline, name) for name in PARTS}, device, leases,
+            pinned=spec.pinned, keep_alive_s=spec.keep_alive_s, priority=spec.priority,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give everything back that it holds."""
+        self.parts.close()
 
     def describe(self) -> dict[str, Any]:
         return {"components": self.components, "pipeline": type(self._pipeline).__name__}
@@ -92,35 +109,73 @@ class Wan:
             )
         return {"tokenizer": count}
 
-    def frames(self, params: RenderParams, on_step: OnStep) -> Frames:
-        """All frames of one video, (frames, height, width, 3)."""
+    def phases(self, params: RenderParams) -> dict[str, Phase]:
+        """What one video takes, by the phase's name."""
+        shape = Shape(params.width, params.height, params.frames, guided=params.guidance_scale > 1)
+        return {one.name: one for one in video_phases(self._configs, self._spec.dtype, shape)}
+
+    def passes(self, params: RenderParams) -> dict[str, int]:
+        """How often the largest part of each phase computes."""
+        texts = 2 if params.guidance_scale > 1 else 1
+        return {"encode": texts, "denoise": texts * params.steps, "decode": 1}
+
+    def known_texts(self, params: RenderParams, cache: EmbeddingCache) -> Tensors | None:
+        """What the text encoder would make of these texts, if it is known of all of them."""
+        found: Tensors = {}
+        for name, text in _texts(params).items():
+            one = cache.get(self._key(text))
+            if one is None:
+                return None
+            found[name] = one["embeddings"]
+        return found
+
+    def encode(self, params: RenderParams, cache: EmbeddingCache) -> Tensors:
+        """What the denoiser reads of the texts."""
+        made: Tensors = {}
+        for name, text in _texts(params).items():
+            made[name] = self.encoded(text)
+            cache.put(self._key(text), {"embeddings": made[name]})
+        return made
+
+    def denoise(self, params: RenderParams, texts: Tensors, seed: int, on_step: OnStep) -> Any:
+        """Latents of one video: the pipeline's own call with a CPU generator of `seed`."""
         pipeline = self._pipeline
         pipeline.scheduler = fresh_wan(self._own_scheduler, params.scheduler, params.shift)
-        guided = params.guidance_scale > 1
 
         def step_done(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(index + 1)
             return tensors
 
-        result = pipeline(
-            prompt_embeds=self.encode(params.prompt),
-            # Guidance needs a second text; when none was sent it is the empty one.
-            negative_prompt_embeds=self.encode(params.negative_prompt or "") if guided else None,
+        return pipeline(
+            **{name: one.to(self._device) for name, one in texts.items()},
             width=params.width,
             height=params.height,
             num_frames=params.frames,
             num_inference_steps=params.steps,
             guidance_scale=params.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(params.seed),
-            output_type="np",
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
             max_sequence_length=TEXT_TOKENS,
             callback_on_step_end=step_done,
+        ).frames
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> Frames:
+        """All frames of one video, (frames, height, width, 3), as the end of the pipeline's call
+        makes them."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        latents = latents.to(vae.dtype)
+        mean, deviation = (
+            torch.tensor(one).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+            for one in (vae.config.latents_mean, vae.config.latents_std)
         )
-        video = result.frames[0]  # (frames, height, width, 3) float in 0 .. 1
+        decoded = vae.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0]
+        video = pipeline.video_processor.postprocess_video(decoded, output_type="np")[0]
+        # (frames, height, width, 3) float in 0 .. 1
         return np.asarray((video * 255).round(), dtype=np.uint8)
 
     @torch.inference_mode()
-    def encode(self, text: str) -> torch.Tensor:
+    def encoded(self, text: str) -> torch.Tensor:
         """Embeddings (1, TEXT_TOKENS, width) of the text as it is, zero after its last token."""
         pipeline = self._pipeline
         ids = self._tokenizer.encode(text).ids
@@ -133,10 +188,28 @@ class Wan:
         embeddings: torch.Tensor = hidden * mask.unsqueeze(-1).to(hidden.dtype)
         return embeddings.to(pipeline.transformer.dtype)
 
+    def _key(self, text: str) -> str:
+        return embedding_key(
+            encoder=self.components.get("text_encoder"),
+            tokenizer=self._tokenizer_sha256,
+            dtype=[self._spec.dtype, str(self._pipeline.transformer.dtype)],
+            device=self._device.type,
+            threads=torch.get_num_threads() if self._device.type == "cpu" else None,
+            text=text,
+        )
+
     @property
     def scheduler_class(self) -> str:
         """The class that made the last video."""
         return type(self._pipeline.scheduler).__name__
+
+
+def _texts(params: RenderParams) -> dict[str, str]:
+    """Guidance needs a second text; when none was sent it is the empty one."""
+    texts = {"prompt_embeds": params.prompt}
+    if params.guidance_scale > 1:
+        texts["negative_prompt_embeds"] = params.negative_prompt or ""
+    return texts
 
 
 def _weights_not_loaded(pipeline: Any) -> list[str]:

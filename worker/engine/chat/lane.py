@@ -1,0 +1,139 @@
+"""A model's place on the device: its lease, and how far its weights and its KV pool are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from worker.catalog import ModelSpec
+from worker.engine.leases import Leases, Owner, Question
+from worker.errors import OutOfDeviceMemory
+from worker.protocol.messages import Way
+from worker.vram.planner import KV, WEIGHTS, ChatBytes
+from worker.vram.ways import tenant_id
+
+
+class Lane:
+    """Owner of one model's standing lease. Engine thread only.
+
+    It is away, asked for, granted, or here; `leaving` when it is to go once nothing runs.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sizes: Callable[[], ChatBytes],
+        leases: Leases,
+        owner: Owner,
+        *,
+        host_copy: bool,
+    ):
+        """sizes: found when the model is wanted for the first time, because it may need its files.
+        host_copy: whether its weights are parked in host memory when they leave the device."""
+        self.spec = spec
+        self.here = False
+        self.here_since = float("-inf")
+        self.leaving = False
+        self._find_sizes = sizes
+        self._leases = leases
+        self._owner = owner
+        self._host_copy = host_copy
+        self._question: Question | None = None
+        self._sizes: ChatBytes | None = None
+        self._told: set[str] = set()  # requests that wait for the question
+
+    @property
+    def weights(self) -> str:
+        return tenant_id(self.spec.id, WEIGHTS)
+
+    @property
+    def kv(self) -> str:
+        return tenant_id(self.spec.id, KV)
+
+    @property
+    def sizes(self) -> ChatBytes:
+        assert self._sizes is not None, "it has not been asked for"
+        return self._sizes
+
+    @property
+    def granted(self) -> bool:
+        """Its bytes are granted, and it is still to be brought."""
+        return self._question is not None and self._question.granted is not None and not self.here
+
+    @property
+    def wanted(self) -> bool:
+        """Asked for or granted, and not here."""
+        return self._question is not None and not self.here
+
+    def want(self, request_id: str) -> None:
+        """Ask for the device, once. Raises OutOfDeviceMemory when that was refused, and what
+        finding its sizes raises."""
+        if self._question is None:
+            self._declare()
+            self._told = {request_id}
+            way = Way(name="whole", tenants=(self.weights, self.kv), peak_bytes=0)
+            self._question = self._leases.ask(
+                request_id, "chat", [way], priority=self.spec.priority, standing=True
+            )
+        else:
+            self.also(request_id)
+        if self._question.refused is not None:
+            error, self._question = self._question.refused.error, None
+            raise OutOfDeviceMemory(f"{self.spec.id}: {error}")
+
+    def also(self, request_id: str) -> None:
+        """One more request waits for it."""
+        if self._question is not None and request_id not in self._told:
+            self._told.add(request_id)
+            self._leases.also(self._question, request_id)
+
+    def pool_bytes(self) -> int:
+        """Of the pool that was granted, without the reserve for passes."""
+        assert self._question is not None and self._question.granted is not None
+        return self._question.granted.held_bytes[self.kv] - self.sizes.pass_peak
+
+    def arrived(self, pool_bytes: int, *, now: float, brought_s: float | None) -> None:
+        """It is on the device. brought_s: that the weights took; None where they were there."""
+        assert self._question is not None
+        self.here, self.here_since = True, now
+        if brought_s is not None:
+            self._leases.brought(self._question, self.weights, self.sizes.weights, brought_s)
+        self._leases.brought(self._question, self.kv, pool_bytes + self.sizes.pass_peak, 0.0)
+        self.use(busy=False)  # until a request begins
+
+    def failed(self) -> None:
+        """What was granted could not be brought."""
+        assert self._question is not None
+        for tenant in (self.weights, self.kv):
+            self._leases.brought(self._question, tenant, 0, 0.0)
+        self._leases.release(self._question)
+        self._question = None
+
+    def use(self, *, busy: bool) -> None:
+        assert self._question is not None
+        self._leases.use(self._question, busy=busy)
+
+    def gone(self, *tenants: str) -> None:
+        """These tenants have left the device without an order to each of them."""
+        for tenant in tenants:
+            self._leases.gave(tenant, 0)
+        self.left()
+
+    def left(self) -> None:
+        """The lease has ended, because one of its tenants is gone."""
+        if self.here:
+            self.here = self.leaving = False
+            self._question = None
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more."""
+        if self._question is not None and not self.here:
+            self._leases.withdraw(self._question)
+            self._question = None
+
+    def _declare(self) -> None:
+        if self._sizes is not None:
+            return
+        sizes = self._find_sizes()
+        tenants = sizes.tenants(self.spec, host_copy=self._host_copy)
+        self._leases.declare(self.spec.id, tenants, self._owner)
+        self._sizes = sizes
