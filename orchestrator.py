@@ -97,10 +97,7 @@ def _arguments() -> argparse.Namespace:
     plan.add_argument("--frames", type=int, metavar="N", help="of a video; default: the model's")
     plan.add_argument("--images", type=int, metavar="N", help="of a job; default: 1")
     plan.add_argument(
-        "--exactness",
-        choices=EXACTNESS,
-        default="bit",
-        help="least that will do (default: bit)",
+        "--exactness", choices=EXACTNESS, help="least that will do; default: the profile's"
     )
     parser.add_argument("--json", action="store_true", help="status: print JSON")
     return parser.parse_args()

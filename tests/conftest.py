@@ -3,6 +3,7 @@ this file too, and stay quick."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from tests.fakes import (
 )
 from worker.config import Access, Chat, Daemon, Limits, Media, ModelEntry, Server, Settings
 from worker.protocol.messages import Message, ModelState
+
+# Before torch is loaded. By default its threads spin while they wait for each other, and beside any
+# other process that takes a processor small models become ten times as slow (docs/decisions/0005).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 INSTRUCT, BASE, IMAGE, VIDEO = "tiny-instruct", "tiny-base", "tiny-image", "tiny-video"
 

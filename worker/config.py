@@ -117,6 +117,7 @@ class Media(Section):
     models: list[Name] = []
     preload: list[Name] | None = None
     max_resident: int = Field(2, ge=1)
+    exactness: Literal["bit", "close", "lossy"] = "bit"
     max_waiting: int = Field(64, ge=0)
     keep_finished: int = Field(200, ge=1)
 

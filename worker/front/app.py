@@ -94,7 +94,12 @@ def create_media_app(
     catalog = front.media_catalog
     parser = chat_routes.ChatParser(front.chat_catalog, front.settings.chat, front.settings.limits)
     service = media.MediaService(
-        catalog, front.settings.limits, table, runner, Admission(MAX_WATCHERS)
+        catalog,
+        front.settings.limits,
+        front.settings.media.exactness,
+        table,
+        runner,
+        Admission(MAX_WATCHERS),
     )
     reporter = health.Reporter(catalog, link, front.drainer)
     registry.register(metrics.EngineMetrics(reporter, admission, table))
@@ -113,7 +118,10 @@ def create_media_app(
 
 
 def _planning(front: Front) -> plan.PlanService:
-    return plan.PlanService(front.sizer, front.media_catalog, front.settings.limits, front.ask)
+    settings = front.settings
+    return plan.PlanService(
+        front.sizer, front.media_catalog, settings.limits, settings.media.exactness, front.ask
+    )
 
 
 def _base(front: Front, name: str) -> tuple[Flask, CollectorRegistry]:

@@ -44,21 +44,23 @@ class MediaService:
         self,
         catalog: Catalog,
         limits: Limits,
+        exactness: str,
         table: JobTable,
         runner: JobRunner,
         watchers: Admission,
     ):
-        """watchers: bounds the connections that wait on a job, so that they never take the
-        threads that answer /health."""
+        """exactness: the least, of jobs that do not say. watchers: bounds the connections that
+        wait on a job, so that they never take the threads that answer /health."""
         self._catalog = catalog
         self._limits = limits
+        self._exactness = exactness
         self._table = table
         self._runner = runner
         self._watchers = watchers
 
     def accept(self, body: Any, key: str | None) -> tuple[Job, bool]:
         """The job of this body, and whether it is new."""
-        return self._table.add(decode_job(body, self._catalog, self._limits), key)
+        return self._table.add(decode_job(body, self._catalog, self._limits, self._exactness), key)
 
     def get(self, job_id: str) -> Job:
         return self._table.get(job_id)

@@ -30,17 +30,18 @@ MEASURE_WAIT_S = 60.0
 class PlanService:
     """Plans of jobs, for the HTTP threads. One is measured at a time."""
 
-    def __init__(self, sizer: Sizer, catalog: Catalog, limits: Limits, ask: Ask):
-        """catalog: of image and video models."""
+    def __init__(self, sizer: Sizer, catalog: Catalog, limits: Limits, exactness: str, ask: Ask):
+        """catalog: of image and video models. exactness: the least, of jobs that do not say."""
         self._sizer = sizer
         self._catalog = catalog
         self._limits = limits
+        self._exactness = exactness
         self._ask = ask
         self._measuring = threading.Lock()
 
     def plan(self, body: Any, request_id: str) -> dict[str, Any]:
         """Raises what a job body is refused with, Busy and EngineUnavailable."""
-        job = decode_job(body, self._catalog, self._limits)
+        job = decode_job(body, self._catalog, self._limits, self._exactness)
         spec, params = self._catalog.find(job.model), job.params
         shape = Shape(params.width, params.height, params.frames, guided=params.guidance_scale > 1)
         if not self._measuring.acquire(timeout=MEASURE_WAIT_S):

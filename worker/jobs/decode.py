@@ -65,20 +65,24 @@ class JobRequest:
     body: str = ""  # fingerprint of what arrived, to tell a repeat from another job
 
 
-def decode_job(body: Any, catalog: Catalog, limits: Limits) -> JobRequest:
-    """Raises InvalidRequest, OutOfRange or Unsupported, with the allowed range, before any work."""
+def decode_job(body: Any, catalog: Catalog, limits: Limits, exactness: str = "bit") -> JobRequest:
+    """exactness: the least, of jobs that do not say.
+
+    Raises InvalidRequest, OutOfRange or Unsupported, with the allowed range, before any work.
+    """
     if not isinstance(body, dict) or not body:
         raise InvalidRequest("the body must be a JSON object with a prompt")
-    return _Decoder(body, catalog, limits).job()
+    return _Decoder(body, catalog, limits, exactness).job()
 
 
 class _Decoder:
     """One body being read; remembers which keys were used."""
 
-    def __init__(self, body: dict[str, Any], catalog: Catalog, limits: Limits):
+    def __init__(self, body: dict[str, Any], catalog: Catalog, limits: Limits, exactness: str):
         self._body = body
         self._catalog = catalog
         self._limits = limits
+        self._least = exactness
         self._config = _table(body, "config")
         self._metadata = _table(body, "metadata")
         self._used: set[str] = {"config", "metadata"}
@@ -260,7 +264,7 @@ class _Decoder:
     def _exactness(self) -> str:
         given = self._first("exactness")
         if given is None:
-            return "bit"
+            return self._least
         if given not in EXACTNESS:
             raise Unsupported(f"exactness must be one of {', '.join(EXACTNESS)}")
         return str(given)

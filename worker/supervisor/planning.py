@@ -37,7 +37,7 @@ class Asked:
     size: tuple[int, int] | None = None  # width, height in pixels
     frames: int | None = None
     images: int | None = None
-    exactness: str = "bit"  # the least that will do
+    exactness: str | None = None  # the least that will do
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Planner:
             holder, tenants = ENGINES[1], self.sizer.media_tenants(spec)
             phases = self.sizer.media_phases(
                 spec, shape, steps=JOB_TYPES[job].steps * (asked.images or 1),
-                exactness=asked.exactness,
+                exactness=asked.exactness or self._settings.media.exactness,
             )  # fmt: skip
         made = dry_run(self._at_start(), holder, tenants, phases, 0.0)
         return PlannedJob(job, spec.id, _shape_text(shape, asked.images), tuple(made))
@@ -189,7 +189,7 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
             name = f"{row.job} {row.shape}".strip()
             console.print(
                 f"{name} does not fit: {row.phases[-1].refused}. A smaller size, fewer frames, a "
-                "smaller [chat] kv_bytes or a larger card would do.",
+                "smaller [chat] kv_bytes, --exactness close or a larger card would do.",
                 markup=False,
                 soft_wrap=True,
             )

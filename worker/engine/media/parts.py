@@ -117,6 +117,9 @@ class Parts:
         """On the device now."""
         return sum(part.held_bytes for part in self._parts.values())
 
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._parts.values())
+
     def __getitem__(self, name: str) -> Part:
         return self._parts[tenant_id(self._model, name)]
 
