@@ -122,14 +122,14 @@ class Bench:
 
     def ask(
         self, name: str, prompt: str, *, stream: bool = False, deterministic: bool = False,
-        schema: Any = None, deadline_s: float = 60.0, **sampling: Any,
+        schema: Any = None, deadline_s: float = 60.0, model: str = MODEL, **sampling: Any,
     ) -> Ticket:  # fmt: skip
         ticket = Ticket(b"peer", name)
         self.engine.submit(
             ticket,
             Generate(
                 request_id=name,
-                model=MODEL,
+                model=model,
                 messages=(ChatMessage("system", SYSTEM), ChatMessage("user", prompt)),
                 sampling=Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}),
                 stream=stream,

@@ -160,7 +160,7 @@ class ChatEngine:
             if waiting.ticket == ticket:
                 self._arrived.remove(waiting)
                 self._fail(ticket, error)
-                self._give_up_unwanted_lanes()
+        self._give_up_unwanted_lanes()
 
     def step(self) -> bool:
         """Do one round: bring a model, or one forward pass of one model. False when idle."""
@@ -429,7 +429,7 @@ class ChatEngine:
             if isinstance(message, Generate) and now > waiting.arrived + message.deadline_s:
                 self._arrived.remove(waiting)
                 self._fail(waiting.ticket, _too_late(message.deadline_s))
-                self._give_up_unwanted_lanes()
+        self._give_up_unwanted_lanes()
 
     def _next_turn(self) -> tuple[LanguageModel, Plan]:
         """The next model that can compute, and its pass; an empty one where all wait for room."""
