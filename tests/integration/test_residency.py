@@ -49,6 +49,9 @@ class Outbox:
     def poll(self) -> None:
         pass
 
+    def wake(self) -> None:
+        pass
+
     def wait(self, timeout_s: float) -> None:
         self.waits += 1
         assert self.waits < 100, "a lease that never comes"

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.sent: dict[str, list[Message]] = {}
+        self.woken = threading.Event()
 
     def send(self, ticket: Ticket, message: Message) -> None:
         events = message.tokens if isinstance(message, Tokens) else (message,)
@@ -73,6 +75,9 @@ class Outbox:
 
     def wait(self, timeout_s: float) -> None:
         pass
+
+    def wake(self) -> None:
+        self.woken.set()
 
 
 class KnownPeaks(Peaks):
@@ -114,7 +119,8 @@ class Bench:
             **more,
             clock=lambda: self.now,
         )
-        self.engine.step()  # loads the model
+        while not self.engine.step() and self.is_loading():
+            pass  # loads the model
 
     @property
     def model(self) -> LanguageModel:
@@ -140,12 +146,20 @@ class Bench:
         )
         return ticket
 
+    def is_loading(self) -> bool:
+        """Whether a model is on its way; waits for it."""
+        if self.engine._models.coming is None:
+            return False
+        assert self.outbox.woken.wait(60)
+        self.outbox.woken.clear()
+        return True
+
     def send(self, message: LoadModel | UnloadModel) -> None:
         self.engine.submit(Ticket(b"peer", message.request_id), message)
 
     def run(self) -> dict[str, Message]:
         """Step until idle; the last message of each request."""
-        while self.engine.step():
+        while self.engine.step() or self.is_loading():
             pass
         return {name: messages[-1] for name, messages in self.outbox.sent.items()}
 

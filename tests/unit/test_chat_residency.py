@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run_some(bench: Bench, steps: int) -> None:
     for _ in range(steps):
         bench.engine.step()
+        bench.is_loading()
 
 
 def test_a_pool_that_shrinks_and_grows_under_running_answers_changes_none(
@@ -218,6 +221,7 @@ def test_a_model_that_is_here_answers_while_another_waits_for_its_place(
 def test_a_request_that_goes_away_while_it_waits_takes_its_question_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path, leases=(broker := ByHand()).leases)
     broker.grant(MODEL)
+    run_some(bench, 3)
     first, second = bench.ask("a", PROMPTS[0], model=BASE), bench.ask("b", PROMPTS[0], model=BASE)
     run_some(bench, 2)
 
@@ -233,6 +237,7 @@ def test_a_request_that_goes_away_while_it_waits_takes_its_question_back(tmp_pat
 def test_a_refusal_reaches_those_who_wait_with_its_numbers(tmp_path: Path) -> None:
     bench = Bench(tmp_path, leases=(broker := ByHand()).leases)
     broker.grant(MODEL)
+    run_some(bench, 3)
     bench.ask("a", PROMPTS[0], model=BASE)
     run_some(bench, 2)
     [*_, asked] = broker.of(Acquire)
@@ -246,6 +251,7 @@ def test_a_refusal_reaches_those_who_wait_with_its_numbers(tmp_path: Path) -> No
 def test_a_deadline_ends_a_request_that_waits_for_its_model(tmp_path: Path) -> None:
     bench = Bench(tmp_path, leases=(broker := ByHand()).leases)
     broker.grant(MODEL)
+    run_some(bench, 3)
     bench.ask("a", PROMPTS[0], model=BASE, deadline_s=10.0)
     run_some(bench, 2)
     bench.now += 11
@@ -281,3 +287,51 @@ def test_the_ways_of_the_question_name_weights_and_pool(tmp_path: Path) -> None:
     )
     assert asked.standing
     assert asked.priority == 1
+
+
+def test_a_model_that_loads_does_not_hold_up_another_that_is_here(
+    tmp_path: Path, right: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    gate = threading.Event()
+    load = bench.engine._models._load
+
+    def slow(spec: Any) -> LanguageModel:
+        assert gate.wait(60)
+        return load(spec)
+
+    monkeypatch.setattr(bench.engine._models, "_load", slow)
+    bench.ask("base", PROMPTS[1], model=BASE)
+    for index in range(8):
+        bench.ask(str(index), PROMPTS[index])
+    while sum(isinstance(one[-1], Generated) for one in bench.outbox.sent.values()) < 8:
+        bench.engine.step()
+
+    assert {name: text(bench.outbox.sent[name][-1]) for name in right} == right
+    assert "base" not in bench.outbox.sent
+    gate.set()
+    assert text(bench.run()["base"]) == right["1"]
+
+
+def test_an_answer_does_not_depend_on_the_default_type_that_loading_changes(
+    tmp_path: Path, right: dict[str, str]
+) -> None:
+    bench = Bench(tmp_path)
+    torch.set_default_dtype(torch.float16)
+    try:
+        for index in range(4):
+            bench.ask(str(index), PROMPTS[index])
+        bench.ask(
+            "penalties", PROMPTS[0], temperature=0.9, repetition_penalty=1.1, seed=3,
+            presence_penalty=0.3, frequency_penalty=0.2, top_k=40, min_p=0.01,
+        )  # fmt: skip
+        half = bench.run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    bench.ask(
+        "again", PROMPTS[0], temperature=0.9, repetition_penalty=1.1, seed=3,
+        presence_penalty=0.3, frequency_penalty=0.2, top_k=40, min_p=0.01,
+    )  # fmt: skip
+
+    assert {name: text(half[name]) for name in "0123"} == {name: right[name] for name in "0123"}
+    assert text(bench.run()["again"]) == text(half["penalties"])

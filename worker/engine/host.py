@@ -78,6 +78,9 @@ class Outbox(Protocol):
     def wait(self, timeout_s: float) -> None:
         """As `poll`, once something has arrived or the time is over."""
 
+    def wake(self) -> None:
+        """End the wait of an idle engine. From any thread."""
+
 
 class Engine(Protocol):
     """What a host runs."""
@@ -146,6 +149,9 @@ class EngineHost:
     def wait(self, timeout_s: float) -> None:
         self._inbox_filled.wait(timeout_s)
         self.poll()
+
+    def wake(self) -> None:
+        self._inbox_filled.set()
 
     def to_broker(self, message: Message) -> None:
         """To the orchestrator, which has said hello."""

@@ -1,12 +1,14 @@
-"""Which models of an engine are loaded. One construction at a time, on the engine thread.
+"""Which models of an engine are loaded. One construction at a time.
 
-Libraries patch `torch.nn.Module` process-wide while they build a model, so nothing else may be
-built or moved meanwhile; owning all of it in one object of one thread keeps that true.
+Libraries patch `torch.nn.Module` and the default type process-wide while they build a model, so
+nothing else may be built meanwhile, and what computes meanwhile may not depend on the default type.
+Owning all of it in one object of one thread keeps the first true; the second is tested.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -40,6 +42,25 @@ class Loaded(Protocol):
 T = TypeVar("T", bound=Loaded)
 
 
+class _Coming:
+    """A load on its own thread. That thread writes `model` or `error`, and then `done`."""
+
+    def __init__(self, model_id: str, started: float):
+        self.model_id = model_id
+        self.started = started
+        self.done = False
+        self.model: Any = None
+        self.error: Exception | None = None
+
+    def run(self, load: Callable[[], Any], wake: Callable[[], None]) -> None:
+        try:
+            self.model = load()
+        except Exception as exc:  # for the engine thread, which raises it
+            self.error = exc
+        self.done = True
+        wake()
+
+
 class Residents(Generic[T]):
     """Loaded models by catalog id, least recently used first. Engine thread only."""
 
@@ -50,17 +71,21 @@ class Residents(Generic[T]):
         load: Callable[[ModelSpec], T],
         changed: Callable[[], None],
         max_resident: int | None = None,
+        wake: Callable[[], None] = lambda: None,
     ):
         """load: builds one model. changed: called when what `report` says has changed, before slow
         work begins and before it is answered.
 
-        max_resident: models held at a time; None holds all that were ever used.
+        max_resident: models held at a time; None holds all that were ever used. wake: called on
+        another thread when what `ensure_soon` loads has come.
         """
         self._specs = {spec.id: spec for spec in specs}
         self._device = device
         self._load = load
         self._changed = changed
         self._max_resident = max_resident
+        self._wake = wake
+        self._coming: _Coming | None = None
         self._models: dict[str, T] = {}
         self._loads = 0
         self._unloads = 0
@@ -120,6 +145,34 @@ class Residents(Generic[T]):
         self._models[model_id] = model  # last: the most recently used
         return model
 
+    @property
+    def coming(self) -> str | None:
+        """The model that `ensure_soon` is loading, or has loaded and not yet given."""
+        return self._coming.model_id if self._coming is not None else None
+
+    def ensure_soon(self, model_id: str) -> T | None:
+        """As `ensure`, on a thread beside this one: None until it is loaded. One at a time."""
+        if model_id in self._models:
+            return self.ensure(model_id)
+        if self._coming is None:
+            self.require_files(model_id)
+            self._make_room()
+            self._coming = _Coming(model_id, self._loading(model_id))
+            spec, coming = self._specs[model_id], self._coming
+            threading.Thread(
+                target=lambda: coming.run(lambda: self._load(spec), self._wake),
+                name=f"load {model_id}", daemon=True,
+            ).start()  # fmt: skip
+        if self._coming.model_id != model_id or not self._coming.done:
+            return None
+        coming, self._coming = self._coming, None
+        if coming.error is not None:
+            self._not_loaded(model_id, coming.error)
+            raise coming.error
+        self._models[model_id] = coming.model
+        self._loaded(model_id, coming.model, coming.started)
+        return self._models[model_id]
+
     def drop(self, model_id: str) -> bool:
         """Give a model's memory back. False when it was not loaded."""
         if model_id not in self._models:
@@ -161,19 +214,28 @@ class Residents(Generic[T]):
             self.drop(next(iter(self._models)))
 
     def _load_now(self, model_id: str) -> T:
-        self._set(model_id, status="loading", problem=None)
-        self._changed()
-        started = time.monotonic()
+        started = self._loading(model_id)
         try:
             model = self._load(self._specs[model_id])
-        except ModelUnavailable as exc:
-            self._set(model_id, status="broken", problem=str(exc))
-            raise
         except Exception as exc:
+            self._not_loaded(model_id, exc)
+            raise
+        self._loaded(model_id, model, started)
+        return model
+
+    def _loading(self, model_id: str) -> float:
+        self._set(model_id, status="loading", problem=None)
+        self._changed()
+        return time.monotonic()
+
+    def _not_loaded(self, model_id: str, exc: Exception) -> None:
+        problem = str(exc)
+        if not isinstance(exc, ModelUnavailable):
             why = "out of device memory" if isinstance(exc, torch.OutOfMemoryError) else "an error"
             problem = f"{model_id}: loading it ended with {why}; the engine's log has it"
-            self._set(model_id, status="broken", problem=problem)
-            raise
+        self.broken(model_id, problem)
+
+    def _loaded(self, model_id: str, model: T, started: float) -> None:
         self._loads += 1
         self._set(
             model_id,
@@ -184,7 +246,6 @@ class Residents(Generic[T]):
         )
         self._changed()
         log.info("loaded %s in %.2f s", model_id, time.monotonic() - started)
-        return model
 
     def _set(self, model_id: str, **changes: Any) -> None:
         state = self._states[model_id]

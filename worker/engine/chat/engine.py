@@ -119,8 +119,9 @@ class ChatEngine:
         self._clock = clock
         self._readers: dict[str, PromptReader] = {}
         self._models: Residents[LanguageModel] = Residents(
-            catalog.specs, device, self._load, lambda: outbox.publish(self.report())
-        )
+            catalog.specs, device, self._load, lambda: outbox.publish(self.report()),
+            wake=outbox.wake,
+        )  # fmt: skip
         self._preload = deque(preload)
         self._sizer = Sizer(peaks, device.type, kv_bytes=kv_bytes, max_running=max_running)
         self._lanes = {
@@ -240,8 +241,8 @@ class ChatEngine:
             quietly(partial(lane.want, "start"))  # says so when it was refused
         if lane.granted:
             quietly(partial(self._bring, lane))
-        elif lane.wanted:
-            return False
+        if lane.wanted:
+            return False  # for its lease, or while it is loaded
         self._preload.popleft()
         return True
 
@@ -252,25 +253,33 @@ class ChatEngine:
             return True
         if lane.leaving:
             return False
+        if self._models.coming is not None and not lane.wanted:
+            return False  # to find its sizes a model is built, and only one may be at a time
         lane.want(request_id)
         if lane.granted:
             self._bring(lane)
         return lane.here
 
     def _bring(self, lane: Lane) -> None:
-        """Put a model where its lease says. Raises what loading raises."""
+        """Put a model where its lease says, or begin to: loading goes on beside the passes of
+        other models. Raises what loading raises."""
         model_id = lane.spec.id
         began = self._clock()
         there = model_id in self._models and self._models.get(model_id).on_device
         try:
-            model = self._models.ensure(model_id)
+            model = self._models.ensure_soon(model_id)
+            if model is None:
+                lane.loading_since = lane.loading_since or began
+                return
             model.wake()
-            seconds = self._clock() - began
+            seconds = self._clock() - (lane.loading_since or began)
+            lane.loading_since = None
             had_a_pool = model.pool.count > 0
             model.resize(lane.pool_bytes())
             if not had_a_pool:
                 model.pin(self._pinned, deterministic=self._pinned_deterministic)
         except Exception as exc:
+            lane.loading_since = None
             self._models.drop(model_id)
             lane.failed()
             if isinstance(exc, ModelUnavailable):
@@ -314,7 +323,11 @@ class ChatEngine:
     def _give_up_unwanted_lanes(self) -> None:
         wanted = {waiting.message.model for waiting in self._arrived}  # type: ignore[attr-defined]
         for model_id, lane in self._lanes.items():
-            if lane.wanted and model_id not in wanted and model_id not in self._preload:
+            if not lane.wanted or model_id in wanted or model_id in self._preload:
+                continue
+            if self._models.coming == model_id:  # it has the memory until it is loaded
+                quietly(partial(self._bring, lane))
+            else:
                 lane.give_up()
 
     def _sizes(self, spec: ModelSpec) -> ChatBytes:
@@ -356,7 +369,7 @@ class ChatEngine:
                     waiting, message.model, partial(self._loaded, waiting, message)
                 )
             case UnloadModel():
-                if not self._is_free(message.model, held):
+                if self._models.coming == message.model or not self._is_free(message.model, held):
                     return False
                 self._answer(ticket, partial(self._unload, message))
             case _:

@@ -33,6 +33,7 @@ class Lane:
         self.here = False
         self.here_since = float("-inf")
         self.leaving = False
+        self.loading_since: float | None = None
         self._find_sizes = sizes
         self._leases = leases
         self._owner = owner

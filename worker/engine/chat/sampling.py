@@ -140,7 +140,7 @@ def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tenso
             factors += [penalty] * len(one.seen)
     if rows:
         at = (_at(rows, logits), _at(tokens, logits))
-        values, factor = logits[at], torch.tensor(factors, device=logits.device)
+        values, factor = logits[at], torch.tensor(factors, dtype=logits.dtype, device=logits.device)
         changed = torch.where(values > 0, values / factor, values * factor)
         logits = logits.index_put(at, changed)
     rows, tokens, minus = [], [], []
@@ -153,7 +153,7 @@ def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tenso
             minus += [-(presence + frequency * count) for count in one.sampled.values()]
     if rows:
         at = (_at(rows, logits), _at(tokens, logits))
-        values = torch.tensor(minus, device=logits.device)
+        values = torch.tensor(minus, dtype=logits.dtype, device=logits.device)
         logits = logits.index_put(at, values, accumulate=True)
     return logits
 
@@ -179,7 +179,7 @@ def _allowed(
 
 
 def _at(numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(numbers, device=logits.device)
+    return torch.tensor(numbers, dtype=torch.long, device=logits.device)
 
 
 def _inverted(
