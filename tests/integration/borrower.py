@@ -23,7 +23,7 @@ PROCESS = 20  # that each process takes for itself
 SLOTS = 3
 WHOLE = BUDGET - SLOTS * PROCESS
 WEIGHTS, POOL, POOL_FLOOR = 200, 150, 50
-PEAKS = (50, 600)
+PEAKS = (50, 750)
 
 
 class Book:

@@ -185,7 +185,13 @@ LIBRARIES = {
     "werkzeug": {"worker.front"},
     "prometheus_client": {"worker.front"},
     "gunicorn": {"worker.front.__main__", "worker.front.threads", "configs.gunicorn.conf"},
-    "msgspec": {"worker.protocol", "worker.engine.media", "worker.supervisor", "worker.front"}
+    "msgspec": {
+        "worker.protocol",
+        "worker.engine",
+        "worker.engine.media",
+        "worker.supervisor",
+        "worker.front",
+    }
     | {"worker.engine.peaks", "worker.vram.sizes", "worker.vram.dryrun"},
     "safetensors": {"worker.engine.media"},
     "zmq": {"worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from worker.errors import OutOfDeviceMemory
 from worker.protocol.messages import (
     Acquire,
@@ -167,6 +169,7 @@ class Leases:
         assert question.granted is not None
         self.send(
             Brought(
+                epoch=self.epoch,
                 fence=question.granted.fence, tenant=tenant, held_bytes=held_bytes,
                 seconds=seconds,
             )
@@ -175,22 +178,34 @@ class Leases:
     def use(self, question: Question, *, busy: bool) -> None:
         """Say that a standing lease is computed with, or no longer."""
         assert question.granted is not None
-        self.send(Use(fence=question.granted.fence, busy=busy))
+        self.send(Use(epoch=self.epoch, fence=question.granted.fence, busy=busy))
 
     def release(self, question: Question) -> None:
         assert question.granted is not None
-        self.send(Release(fence=question.granted.fence))
+        self.send(Release(epoch=self.epoch, fence=question.granted.fence))
 
     def gave(self, tenant: str, held_bytes: int) -> None:
         """A tenant has less now: what `give_back` put off, or without having been asked."""
         later = self._later.pop(tenant, None)
         if later is None:
-            self.send(Yielded(move=0, tenant=tenant, held_bytes=held_bytes, seconds=0.0))
+            self._yielded(0, tenant, held_bytes, 0.0)
+            self._ask_again_for(tenant)
             return
-        seconds = self.clock() - later.began
-        self.send(
-            Yielded(move=later.order.move, tenant=tenant, held_bytes=held_bytes, seconds=seconds)
-        )
+        self._yielded(later.order.move, tenant, held_bytes, self.clock() - later.began)
+
+    def _ask_again_for(self, tenant: str) -> None:
+        """A grant that is under way may count on what has just been given back."""
+        for number, question in list(self._questions.items()):
+            named = any(tenant in way.tenants for way in question.asked.ways)
+            if number in self._unwanted or not named:
+                continue
+            self._questions[number] = Question(question.asked, question.began)
+            self._unwanted.add(number)
+            self.send(Withdraw(epoch=self.epoch, number=number))
+            self._last_number += 1
+            question.asked = msgspec.structs.replace(question.asked, number=self._last_number)
+            self._questions[self._last_number] = question
+            self.send(question.asked)
 
     def is_wanted(self, tenant: str) -> Yield | None:
         """The order that was put off, if there is one."""
@@ -247,12 +262,14 @@ class Leases:
         if held is None:
             self._later[order.tenant] = _Later(order, began)
             return
+        self._yielded(order.move, order.tenant, held, self.clock() - began)
+
+    def _yielded(self, move: int, tenant: str, held_bytes: int, seconds: float) -> None:
         self.send(
             Yielded(
-                move=order.move, tenant=order.tenant, held_bytes=held,
-                seconds=self.clock() - began,
+                epoch=self.epoch, move=move, tenant=tenant, held_bytes=held_bytes, seconds=seconds
             )
-        )  # fmt: skip
+        )
 
 
 def alone(budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> Leases:

@@ -361,6 +361,7 @@ class Refused(Message, frozen=True, kw_only=True):
 class Brought(Message, frozen=True, kw_only=True):
     """A tenant of a lease is there, or could not be brought (held_bytes 0)."""
 
+    epoch: int
     fence: int
     tenant: str
     held_bytes: int
@@ -370,6 +371,7 @@ class Brought(Message, frozen=True, kw_only=True):
 class Use(Message, frozen=True, kw_only=True):
     """Whether a lease is computed with. One that is not may be taken back by `Yield`."""
 
+    epoch: int
     fence: int
     busy: bool
 
@@ -377,6 +379,7 @@ class Use(Message, frozen=True, kw_only=True):
 class Release(Message, frozen=True, kw_only=True):
     """The phase is over. Its tenants stay where they are, idle."""
 
+    epoch: int
     fence: int
 
 
@@ -394,6 +397,7 @@ class Yield(Message, frozen=True, kw_only=True):
 class Yielded(Message, frozen=True, kw_only=True):
     """held_bytes: what it has now; as before where it was in use."""
 
+    epoch: int
     move: int  # 0: given back without being asked
     tenant: str
     held_bytes: int

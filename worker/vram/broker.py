@@ -60,7 +60,7 @@ class _Tenant:
     spec: TenantSpec
     holder: str
     leaving: int = 0  # bytes that its engine was asked to give back and has not yet
-    arriving: bool = False  # granted, and on its way
+    move: int = 0  # an order to its engine that is not answered yet: nobody is granted it
     last_used: float = float("-inf")
     uses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_USES))
     back_s: float = 0.0
@@ -121,6 +121,7 @@ class Broker:
         self._moves: dict[int, _Move] = {}
         self._last_move = 0
         self._quiet_since = float("-inf")
+        self._untold: list[Order] = []
         self._stories: OrderedDict[str, list[tuple[float, dict[str, Any]]]] = OrderedDict()
         self._takes: dict[type[Message], Callable[[str, Any, float], list[Order]]] = {
             Declare: self._declare,
@@ -141,7 +142,7 @@ class Broker:
         fixed_bytes: what it takes for itself before the first tensor, such as a CUDA context.
         """
         if holder in self._epochs:
-            self.leave(holder, self._quiet_since)
+            self._untold += self.leave(holder, self._quiet_since)
         self.ledger.join(holder, fixed_bytes)
         self._last_epoch += 1
         self._epochs[holder] = self._last_epoch
@@ -165,20 +166,23 @@ class Broker:
     def take(self, holder: str, message: Message, now: float) -> list[Order]:
         """A message of an engine. One of an earlier epoch or with a void fence changes nothing."""
         handler = self._takes.get(type(message))
-        if handler is None or holder not in self._epochs:
-            return []
-        if getattr(message, "epoch", self._epochs[holder]) != self._epochs[holder]:
-            self.counters["stale"] += 1
-            return []
+        if handler is None:
+            return self._told()
         try:
-            return handler(holder, message, now)
+            if getattr(message, "epoch", None) != self._epochs.get(holder, 0):
+                raise StaleFence(f"{holder} says it from an earlier life")
+            return self._told() + handler(holder, message, now)
         except StaleFence:
             self.counters["stale"] += 1
-            return []
+            return self._told()
+
+    def _told(self) -> list[Order]:
+        untold, self._untold = self._untold, []
+        return untold
 
     def tick(self, now: float) -> list[Order]:
         """What only time brings: deadlines, the end of patience, growing back."""
-        orders: list[Order] = []
+        orders = self._told()
         for waiter in list(self._waiting):
             deadline_s = waiter.asked.deadline_s
             if deadline_s is not None and now - waiter.arrived > deadline_s:
@@ -198,18 +202,23 @@ class Broker:
             for name, one in self._tenants.items()
             if one.holder == holder and one.spec.model == message.model and name not in named
         ]:
+            for granted in [g for g in self._granted.values() if name in g.lease.tenants]:
+                self._close(granted)
             self.ledger.hold(name, holder, 0)
             del self._tenants[name]
             self._moves = {n: move for n, move in self._moves.items() if move.tenant != name}
-            for granted in [g for g in self._granted.values() if name in g.lease.tenants]:
-                self._close(granted)
         for spec in message.tenants:
             known = self._tenants.get(spec.id)
             if known is None:
                 self._tenants[spec.id] = _Tenant(spec, holder, back_s=spec.back_s)
             elif known.holder == holder:
                 known.spec = spec
-        return self._serve(now)
+        orders = [
+            self._refuse(waiter, f"{message.model} has been unloaded", now)
+            for waiter in list(self._waiting)
+            if not all(name in self._tenants for way in waiter.asked.ways for name in way.tenants)
+        ]
+        return orders + self._serve(now)
 
     def _acquire(self, holder: str, message: Acquire, now: float) -> list[Order]:
         waiter = _Waiter(holder, message, now, 0, [message.request_id])
@@ -219,6 +228,9 @@ class Broker:
         if unknown or not message.ways:
             what = ", ".join(unknown) or "a phase without a way to run it"
             return [(holder, Refused(number=message.number, error=f"not declared: {what}"))]
+        if message.standing and any(way.peak_bytes for way in message.ways):
+            why = "a standing lease is of tenants, which can be asked back; a peak cannot"
+            return [(holder, Refused(number=message.number, error=why))]
         self._waiting.append(waiter)
         self._quiet_since = now
         absent = {
@@ -241,9 +253,10 @@ class Broker:
               if g.lease.holder == holder and g.number == message.number),
         ]  # fmt: skip
         for requests in groups:
-            story = self._stories.get(requests[0], []) if requests else []
+            story = list(self._stories.get(requests[0], []))
             requests.append(message.request_id)
-            self._story(message.request_id)[:0] = story
+            own = self._story(message.request_id)
+            own[:] = sorted([*story, *own], key=lambda event: event[0])[:KEPT_EVENTS]
         return []
 
     def _withdraw(self, holder: str, message: Withdraw, now: float) -> list[Order]:
@@ -261,11 +274,15 @@ class Broker:
         if message.tenant not in lease.tenants:
             raise StaleFence(f"{message.tenant} is not of lease {message.fence}")
         tenant = self._tenants[message.tenant]
-        before = self.ledger.held(message.tenant)
-        self.ledger.hold(message.tenant, holder, min(message.held_bytes, before))
-        self._granted[message.fence].brought_s += message.seconds
-        tenant.arriving = False
-        if message.held_bytes:
+        granted = self._granted[message.fence]
+        granted.brought_s += message.seconds
+        if not message.held_bytes:
+            self._not_brought(granted, message.tenant)
+        else:
+            before = self.ledger.held(message.tenant)
+            self.ledger.hold(message.tenant, holder, min(message.held_bytes, before))
+            for one in self._granted.values():
+                one.arrivals.pop(message.tenant, None)
             tenant.back_s = message.seconds
             self.counters["brought"] += 1
             self.counters["brought_bytes"] += message.held_bytes
@@ -300,17 +317,22 @@ class Broker:
         if message.move == 0 and tenant is not None and tenant.holder == holder:
             return self._gave_by_itself(tenant, message, now)
         move = self._moves.get(message.move)
-        if move is None or tenant is None or move.tenant != message.tenant:
+        if (
+            move is None
+            or tenant is None
+            or move.tenant != message.tenant
+            or tenant.holder != holder
+        ):
             raise StaleFence(f"move {message.move} is not under way")
         del self._moves[message.move]
-        tenant.leaving = 0
-        tenant.arriving = False
+        tenant.leaving = tenant.move = 0
         self._quiet_since = now
         before = self.ledger.held(message.tenant)
         held = min(message.held_bytes, before)
         self.ledger.hold(message.tenant, holder, held)
         if move.kind == "grow":
             self.counters["grown"] += 1
+            self._end_leases_without(tenant)
         elif held == before:
             tenant.alone_until = now + DECLINED_S
             self.counters["declined"] += 1
@@ -329,10 +351,14 @@ class Broker:
 
     def _gave_by_itself(self, tenant: _Tenant, message: Yielded, now: float) -> list[Order]:
         """What an engine gives back without being asked: by hand, or because another part went."""
-        held = min(message.held_bytes, self.ledger.held(message.tenant))
-        self.ledger.hold(message.tenant, tenant.holder, held)
-        self._moves = {n: m for n, m in self._moves.items() if m.tenant != message.tenant}
-        tenant.leaving, tenant.arriving = 0, False
+        if tenant.move and self._moves[tenant.move].kind == "grow":
+            return []  # it answers the order to grow, which it had not seen, next
+        # What it is still to bring was granted before it said this, and stays granted.
+        arriving = self.arriving_bytes(message.tenant)
+        there = self.ledger.held(message.tenant) - arriving
+        kept = min(message.held_bytes, there) + arriving
+        self.ledger.hold(message.tenant, tenant.holder, kept)
+        tenant.leaving = min(tenant.leaving, kept)  # an order that is under way is answered, too
         self._end_leases_without(tenant)
         return self._serve(now)
 
@@ -351,7 +377,7 @@ class Broker:
             ready = frozenset(
                 name
                 for name, one in self._tenants.items()
-                if self.ledger.held(name) >= one.spec.floor_bytes and not one.leaving
+                if self.ledger.held(name) >= one.spec.floor_bytes and not one.move
             )
             queue = [self._in_queue(n, waiter) for n, waiter in enumerate(self._waiting)]
             index = next_request(queue, ready, now)
@@ -393,7 +419,7 @@ class Broker:
         orders = [self._ask_away(waiter, move, now) for move in plan.victims]
         arrivals = {m.tenant: m.bytes for m in plan.moves if m.kind in policy.ARRIVALS}
         if sum(arrivals.values()) + way.peak_bytes > self.ledger.free_bytes or any(
-            self._tenants[name].leaving for name in way.tenants
+            self._tenants[name].move for name in way.tenants
         ):
             return orders  # what was asked away comes back by `Yielded`
         assert not orders, "what is taken away is not free before it is given back"
@@ -443,8 +469,8 @@ class Broker:
             place=place,
             held_bytes=held,
             floor_bytes=spec.floor_bytes,
-            in_use=used or one.leaving > 0 or one.arriving,
-            shrinks_in_use=used and not (one.leaving or one.arriving),
+            in_use=used or one.move > 0 or self.arriving_bytes(name) > 0,
+            shrinks_in_use=used and not (one.move or self.arriving_bytes(name)),
             pinned=spec.pinned,
             priority=spec.priority,
             keep_until=one.last_used + spec.keep_alive_s,
@@ -497,7 +523,7 @@ class Broker:
         self._last_move += 1
         kind = {Kind.PARK: "park", Kind.DROP: "drop", Kind.SHRINK: "shrink"}[move.kind]
         in_use = move.tenant in self._in_use(patient=True)
-        tenant.leaving = move.bytes
+        tenant.leaving, tenant.move = move.bytes, self._last_move
         self._moves[self._last_move] = _Move(
             move.tenant, kind, move.bytes, tuple(waiter.requests), now
         )
@@ -517,7 +543,6 @@ class Broker:
         way = waiter.asked.ways[index]
         for name, size in arrivals.items():
             self.ledger.hold(name, waiter.holder, self.ledger.held(name) + size)
-            self._tenants[name].arriving = True
         lease = self.ledger.open(waiter.holder, way.tenants, way.peak_bytes)
         self._granted[lease.fence] = _Granted(
             lease, waiter.asked.number, waiter.requests, waiter.asked.phase, True,
@@ -562,12 +587,16 @@ class Broker:
         for name, one in self._tenants.items():
             held = self.ledger.held(name)
             missing = one.spec.size_bytes - held
-            if one.arriving or not one.spec.floor_bytes <= held < one.spec.size_bytes:
+            if (
+                one.move
+                or self.arriving_bytes(name)
+                or not one.spec.floor_bytes <= held < one.spec.size_bytes
+            ):
                 continue
             if missing <= self.ledger.free_bytes:
                 self.ledger.hold(name, one.holder, one.spec.size_bytes)
-                one.arriving = True
                 self._last_move += 1
+                one.move = self._last_move
                 self._moves[self._last_move] = _Move(name, "grow", missing, (), now)
                 grow = Yield(
                     move=self._last_move, tenant=name, kind="grow",
@@ -628,11 +657,7 @@ class Broker:
 
     def arriving_bytes(self, tenant: str) -> int:
         """That were granted and are not there yet."""
-        return sum(
-            granted.arrivals.get(tenant, 0)
-            for granted in self._granted.values()
-            if self._tenants[tenant].arriving
-        )
+        return sum(granted.arrivals.get(tenant, 0) for granted in self._granted.values())
 
     def back_s(self, tenant: str) -> float:
         """Seconds until a tenant that is away is there again."""
@@ -650,9 +675,10 @@ class Broker:
             self._end_leases_without(tenant)
         self._moves.clear()
         for tenant in self._tenants.values():
-            tenant.arriving = False
+            tenant.move = 0
         for granted in list(self._granted.values()):
             granted.busy = False
+            granted.arrivals.clear()
             if not granted.standing:
                 self._close(granted)
 
@@ -661,16 +687,20 @@ class Broker:
         return not any(
             one.busy for one in self._granted.values() if one.lease.holder == holder
         ) and not any(
-            one.leaving or one.arriving for one in self._tenants.values() if one.holder == holder
+            one.move or self.arriving_bytes(name)
+            for name, one in self._tenants.items()
+            if one.holder == holder
         )
 
     def check(self) -> None:
         """What must hold between two messages. AssertionError says what does not."""
         assert self.ledger.free_bytes >= 0 or not (self._granted or self._tenants), "over-commit"
         assert {one.fence for one in self.ledger.leases} == set(self._granted), "leases disagree"
-        moving = {name for name, one in self._tenants.items() if one.leaving}
-        asked = {move.tenant for move in self._moves.values() if move.kind != "grow"}
-        assert moving == asked, "a tenant leaves that nobody asked, or the other way round"
+        moving = {one.move: name for name, one in self._tenants.items() if one.move}
+        asked = {number: move.tenant for number, move in self._moves.items()}
+        assert moving == asked, "orders and tenants that move disagree"
+        assert all(one.move for one in self._tenants.values() if one.leaving), "nobody asked it"
+        assert all(self.ledger.held(name) >= 0 for name in self._tenants), "less than nothing"
 
     # --- small things ----------------------------------------------------------------------------
 
@@ -687,11 +717,18 @@ class Broker:
     def _close(self, granted: _Granted) -> None:
         self.ledger.close(granted.lease.fence)
         del self._granted[granted.lease.fence]
-        for name, size in granted.arrivals.items():
-            tenant = self._tenants.get(name)
-            if tenant is not None and tenant.arriving:  # it was never brought
-                self.ledger.hold(name, tenant.holder, self.ledger.held(name) - size)
-                tenant.arriving = False
+        for name in list(granted.arrivals):
+            self._not_brought(granted, name)
+
+    def _not_brought(self, granted: _Granted, name: str) -> None:
+        """What a lease was to bring and did not. Another lease that relies on it is to, then."""
+        size = granted.arrivals.pop(name, 0)
+        tenant = self._tenants[name]
+        for other in self._granted.values():
+            if other is not granted and name in other.lease.tenants:
+                other.arrivals[name] = other.arrivals.get(name, 0) + size
+                return
+        self.ledger.hold(name, tenant.holder, self.ledger.held(name) - size)
 
     def _story(self, request_id: str) -> list[tuple[float, dict[str, Any]]]:
         story = self._stories.setdefault(request_id, [])

@@ -77,6 +77,7 @@ def _play(broker: Broker, holder: str, asked: Acquire, now: float) -> PhasePlan:
                         }
                     )  # fmt: skip
                     done = Yielded(
+                        epoch=broker.epoch(who),
                         move=order.move, tenant=order.tenant, held_bytes=order.held_bytes,
                         seconds=0.0,
                     )  # fmt: skip
@@ -108,6 +109,7 @@ def _granted(
             broker.take(
                 holder,
                 Brought(
+                    epoch=broker.epoch(holder),
                     fence=granted.fence, tenant=name, held_bytes=granted.held_bytes[name],
                     seconds=back_s,
                 ),
@@ -123,5 +125,5 @@ def _granted(
         seconds=seconds,
         moves=(*moves, *brought),
     )
-    broker.take(holder, Release(fence=granted.fence), now)
+    broker.take(holder, Release(epoch=broker.epoch(holder), fence=granted.fence), now)
     return plan

@@ -56,8 +56,10 @@ class Ledger:
         self._fixed[holder] = fixed_bytes
 
     def leave(self, holder: str) -> tuple[Lease, ...]:
-        """A process has ended: everything of it is void. Returns the leases it had."""
-        self._fixed.pop(holder, None)
+        """A process has ended: everything of it is void. Returns the leases it had.
+
+        What it takes for itself stays reserved, for the one that is started in its place.
+        """
         self._held = {name: one for name, one in self._held.items() if one[0] != holder}
         gone = tuple(lease for lease in self._leases.values() if lease.holder == holder)
         for lease in gone:
