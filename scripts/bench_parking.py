@@ -166,6 +166,7 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
     module = _load(folder, torch.float16)
     weight_bytes = held(module)
     _read(folder)
+    _have_memory(weight_bytes)
     with _timed() as taking:
         parked = Parked(module, device)
     parked.wake()  # the first copy on a card sets things up
@@ -176,8 +177,9 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
     for index in track(range(rounds), "wake and load", console=console, transient=True):
         for turn in ("load", "wake") if index % 2 else ("wake", "load"):
             gc.collect()
+            _read(folder)
+            _have_memory(weight_bytes)
             if turn == "load":
-                _read(folder)
                 with _timed() as load:
                     fresh = _load(folder, torch.float16)
                 with _timed() as bring:
@@ -208,6 +210,12 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
     if device.type == "cuda":
         found["driver_freed_bytes"] = statistics.median(driver_freed)
     return found
+
+
+def _have_memory(size_bytes: int) -> None:
+    """Touch as much and free it. A virtual machine's free memory may be with its host, who takes
+    ten times as long as we do to give it; so long as both turns need it, neither is to wait."""
+    torch.ones(size_bytes, dtype=torch.uint8)
 
 
 @contextmanager
@@ -370,6 +378,7 @@ def _table(record: dict[str, Any]) -> Table:
     )
     table.add_column("")
     table.add_column("ms", justify="right")
+    table.add_column("least", justify="right")
     table.add_column("GB/s", justify="right")
     for name, key in (
         ("load again: from_pretrained", "load_s"),
@@ -379,8 +388,9 @@ def _table(record: dict[str, Any]) -> Table:
         ("park", "park_s"),
     ):
         speed = f"{rounds['weight_bytes'] / rounds[key] / 1e9:.1f}" if key == "wake_s" else ""
-        table.add_row(name, f"{1000 * rounds[key]:.1f}", speed)
-    table.add_row("a plain copy", "", f"{link['copy_bytes_s'] / 1e9:.1f}")
+        least = min(rounds["all_s"].get(key.removesuffix("_s"), [rounds[key]]))
+        table.add_row(name, f"{1000 * rounds[key]:.1f}", f"{1000 * least:.1f}", speed)
+    table.add_row("a plain copy", "", "", f"{link['copy_bytes_s'] / 1e9:.1f}")
     return table
 
 

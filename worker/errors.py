@@ -156,6 +156,13 @@ class OutOfDeviceMemory(WorkerError):
     code = "out_of_device_memory"
 
 
+class OutOfHostMemory(WorkerError):
+    """The container has not enough memory for what was asked."""
+
+    status = 503
+    code = "out_of_host_memory"
+
+
 class DeadlineExceeded(WorkerError):
     """The request's own deadline passed before the answer was complete."""
 

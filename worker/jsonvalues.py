@@ -9,6 +9,7 @@ from worker.errors import InvalidRequest, OutOfRange
 
 MAX_SHOWN_KEY_CHARS = 100
 MAX_SHOWN_NUMBER = 2**63  # JSON may hold 1e999, which is no finite float, or a thousand digits
+MAX_KEEP_ALIVE_S = 86400.0  # a day
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -26,6 +27,14 @@ def whole_number(name: str, value: Any, default: T) -> int | T:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} must be a whole number")
     return value
+
+
+def keep_alive_s(value: Any) -> float | None:
+    """Seconds of a request's `keep_alive`; None when it is null. Raises InvalidRequest, and
+    OutOfRange beyond a day."""
+    if value is None:
+        return None
+    return within("keep_alive", real_number("keep_alive", value, 0.0), 0.0, MAX_KEEP_ALIVE_S)
 
 
 def real_number(name: str, value: Any, default: float) -> float:

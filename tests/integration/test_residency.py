@@ -21,7 +21,7 @@ from worker.vram.sizes import Peaks
 
 MIB = 1 << 20
 IMAGE = RenderParams(
-    prompt="a red circle", negative_prompt="a square", width=64, height=64, steps=2,
+    prompt="a red circle", negative_prompt="a square", width=64, height=64, steps=4,
     guidance_scale=5.0, seed=5, num_images=2,
 )  # fmt: skip
 VIDEO = RenderParams(
@@ -275,6 +275,20 @@ def test_a_job_that_is_cancelled_while_it_waits_for_memory_brings_nothing(state_
     assert bench.held <= held
     leases.release(ways)
     assert isinstance(bench.render("demo-image", "c"), JobRendered)
+
+
+@pytest.mark.parametrize(("budget", "comes"), [(1 << 34, True), (16 * MIB, False)])
+def test_parts_of_the_next_job_come_while_this_one_computes_where_there_is_room(
+    budget: int, comes: bool, state_dir: Path, resident: dict[str, JobRendered]
+) -> None:
+    bench = Bench(state_dir, alone(budget))
+    following = bench.engine._models.ensure("demo-video")
+
+    done = bench.done("demo-image", next_model="demo-video")
+
+    assert following.parts["transformer"].is_whole == comes
+    assert hashes(done) == hashes(resident["demo-image"])
+    assert bench.held <= budget
 
 
 def test_what_is_unloaded_leaves_the_device_and_the_ledger(state_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -840,6 +841,7 @@ def void_messages(card: Card) -> dict[str, tuple[str, Message]]:
     """Messages that mean nothing any more, in a card with a running job and an idle model."""
     job, over = card.grants["job"].fence, card.grants["over"].fence
     old = card.epochs["media"] - 1
+    brought = partial(Brought, epoch=card.epochs["media"], held_bytes=0, seconds=1.0)
     return {
         "a lease that ended is released": (
             "media", Release(epoch=card.epochs["media"], fence=over)),
@@ -850,10 +852,10 @@ def void_messages(card: Card) -> dict[str, tuple[str, Message]]:
         "the lease of another": (
             "chat", Release(epoch=card.epochs["chat"], fence=job)),
         "brought for a lease that ended": (
-            "media", Brought(epoch=card.epochs["media"], fence=over, tenant="sdxl.unet", held_bytes=0, seconds=1.0)
+            "media", brought(fence=over, tenant="sdxl.unet")
         ),
         "brought what is not of the lease": (
-            "media", Brought(epoch=card.epochs["media"], fence=job, tenant="sdxl.vae", held_bytes=0, seconds=1.0)
+            "media", brought(fence=job, tenant="sdxl.vae")
         ),
         "yielded what nobody asked for": (
             "media", card.yielded("media", 99, "sdxl.unet", 0)
@@ -1313,3 +1315,30 @@ def test_an_order_that_crosses_what_was_given_by_itself_is_not_forgotten(card: C
 
     assert told == ["media: granted job"]
     assert (card.held_gib("qwen.pool"), card.free_gib) == (0, 1)
+
+
+# --- what a request wishes ------------------------------------------------------------------------
+
+
+def test_a_model_is_kept_for_as_long_as_its_last_request_wished(card: Card) -> None:
+    for engine, model, back_s in (("chat", "qwen", 1.0), ("media", "sdxl", 2.0)):
+        card.standing(engine, model, spec(f"{model}.weights", 4, back_s=back_s))
+        card.use(model, busy=True)
+    wish = Use(
+        epoch=card.epochs["chat"], fence=card.grants["qwen"].fence, busy=False, keep_alive_s=600.0
+    )
+    card.say("chat", wish)
+    card.use("sdxl", busy=False)
+    card.after(300.0)
+
+    # By what it costs to bring it back alone, the other one would go.
+    assert card.ask("media", "job", way(peak_gib=4)) == ["media: park sdxl.weights"]
+
+
+def test_what_is_wanted_ahead_moves_nothing_and_does_not_wait(card: Card) -> None:
+    card.resident("chat", spec("qwen.weights", 6))
+    card.declare("media", spec("sdxl.unet", 5), spec("sdxl.vae", 3))
+
+    assert card.ask("media", "unet", way("sdxl.unet"), free_only=True) == ["media: refused unet"]
+    assert card.ask("media", "vae", way("sdxl.vae"), free_only=True) == ["media: granted vae"]
+    assert card.held_gib("qwen.weights") == 6

@@ -198,8 +198,8 @@ def test_the_demo_profile_is_planned_before_anything_is_started(known: Path) -> 
 
 @pytest.mark.timeout(300)
 def test_a_budget_for_which_chat_is_too_large_moves_it_for_a_large_picture(known: Path) -> None:
-    size = ("--job", "image", "--size", "512x512", "--images", "2")
-    done = command(known, "--profile", "demo", "--memory", "120MiB", *size)
+    size = ("--job", "image", "--size", "512x512", "--images", "2", "--exactness", "bit")
+    done = command(known, "--profile", "demo", "--memory", "200MiB", *size)
     assert done.returncode == 0, done.stdout
     assert "512x512, 2 images" in done.stdout
     assert "shrink demo-chat.kv" in " ".join(done.stdout.split())

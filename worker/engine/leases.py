@@ -132,6 +132,7 @@ class Leases:
         priority: int = 0,
         deadline_s: float | None = None,
         standing: bool = False,
+        free_only: bool = False,
         model: str = "",
         pixels: int = 0,
         work: float = 1.0,
@@ -143,6 +144,7 @@ class Leases:
         asked = Acquire(
             epoch=self.epoch, number=self._last_number, request_id=request_id, phase=phase,
             ways=tuple(ways), priority=priority, deadline_s=deadline_s, standing=standing,
+            free_only=free_only,
             model=model, pixels=pixels, work=work,
         )  # fmt: skip
         question = Question(asked, self.clock())
@@ -175,14 +177,18 @@ class Leases:
             )
         )  # fmt: skip
 
-    def use(self, question: Question, *, busy: bool) -> None:
-        """Say that a standing lease is computed with, or no longer."""
+    def use(self, question: Question, *, busy: bool, keep_alive_s: float | None = None) -> None:
+        """Say that a standing lease is computed with, or no longer. keep_alive_s: its tenants
+        leave last for so long; None: as they were declared."""
         assert question.granted is not None
-        self.send(Use(epoch=self.epoch, fence=question.granted.fence, busy=busy))
+        fence = question.granted.fence
+        self.send(Use(epoch=self.epoch, fence=fence, busy=busy, keep_alive_s=keep_alive_s))
 
-    def release(self, question: Question) -> None:
+    def release(self, question: Question, keep_alive_s: float | None = None) -> None:
+        """A phase is over. keep_alive_s: as for `use`."""
         assert question.granted is not None
-        self.send(Release(epoch=self.epoch, fence=question.granted.fence))
+        fence = question.granted.fence
+        self.send(Release(epoch=self.epoch, fence=fence, keep_alive_s=keep_alive_s))
 
     def gave(self, tenant: str, held_bytes: int) -> None:
         """A tenant has less now: what `give_back` put off, or without having been asked."""
@@ -219,6 +225,7 @@ class Leases:
         name: str,
         ways: Sequence[Way],
         wait: Callable[[], None],
+        keep_alive_s: float | None = None,
         **more: Any,
     ) -> Iterator[Question]:
         """Hold a lease while the block runs. wait: takes messages, and may raise to give up.
@@ -238,7 +245,7 @@ class Leases:
         try:
             yield question
         finally:
-            self.release(question)
+            self.release(question, keep_alive_s)
 
     def _greet(self, hello: Hello) -> None:
         self.epoch = hello.epoch

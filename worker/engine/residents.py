@@ -18,11 +18,15 @@ import torch
 from worker.catalog import ModelSpec
 from worker.engine.device import release_cache
 from worker.engine.host import Report
-from worker.errors import ModelUnavailable
-from worker.modelfiles import check_files, require_files
+from worker.errors import ModelUnavailable, OutOfHostMemory
+from worker.modelfiles import check_files, require_files, weight_bytes
 from worker.protocol.messages import LoadModel, ModelChanged, ModelState, UnloadModel
+from worker.vram.probe import host_memory
 
 log = logging.getLogger(__name__)
+
+# Of a model's weights, that loading it takes of host memory at the most: they are read one by one.
+LOADING_FACTOR = 1.1
 
 
 class Loaded(Protocol):
@@ -72,12 +76,13 @@ class Residents(Generic[T]):
         changed: Callable[[], None],
         max_resident: int | None = None,
         wake: Callable[[], None] = lambda: None,
+        host_free: Callable[[], int] = lambda: host_memory().free_bytes,
     ):
         """load: builds one model. changed: called when what `report` says has changed, before slow
         work begins and before it is answered.
 
         max_resident: models held at a time; None holds all that were ever used. wake: called on
-        another thread when what `ensure_soon` loads has come.
+        another thread when what `ensure_soon` loads has come. host_free: bytes of host memory.
         """
         self._specs = {spec.id: spec for spec in specs}
         self._device = device
@@ -85,6 +90,7 @@ class Residents(Generic[T]):
         self._changed = changed
         self._max_resident = max_resident
         self._wake = wake
+        self._host_free = host_free
         self._coming: _Coming | None = None
         self._models: dict[str, T] = {}
         self._loads = 0
@@ -140,7 +146,7 @@ class Residents(Generic[T]):
         model = self._models.pop(model_id, None)
         if model is None:
             self.require_files(model_id)  # before a good model has to go for it
-            self._make_room()
+            self._make_room(model_id)
             model = self._load_now(model_id)
         self._models[model_id] = model  # last: the most recently used
         return model
@@ -156,7 +162,7 @@ class Residents(Generic[T]):
             return self.ensure(model_id)
         if self._coming is None:
             self.require_files(model_id)
-            self._make_room()
+            self._make_room(model_id)
             self._coming = _Coming(model_id, self._loading(model_id))
             spec, coming = self._specs[model_id], self._coming
             threading.Thread(
@@ -209,8 +215,19 @@ class Residents(Generic[T]):
         """Report a model as one that cannot be used until `problem` is mended."""
         self._set(model_id, status="broken", problem=problem)
 
-    def _make_room(self) -> None:
+    def _make_room(self, model_id: str) -> None:
+        """Raises OutOfHostMemory when there is none, with all others unloaded that may be."""
         while self._max_resident is not None and len(self._models) >= self._max_resident:
+            self.drop(next(iter(self._models)))
+        needed = int(weight_bytes(self._specs[model_id]) * LOADING_FACTOR)
+        while (free := self._host_free()) < needed:
+            if self._max_resident is None or not self._models:
+                raise OutOfHostMemory(
+                    f"{model_id}: loading it takes {needed >> 20} MiB of host memory, and "
+                    f"{free >> 20} MiB are free in this container; unload another model, or give "
+                    "it more",
+                    retry_after_s=30,
+                )
             self.drop(next(iter(self._models)))
 
     def _load_now(self, model_id: str) -> T:

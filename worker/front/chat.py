@@ -31,6 +31,7 @@ from worker.front.bodies import read_json
 from worker.front.schemas import SchemaCheck
 from worker.jsonvalues import (
     above_zero,
+    keep_alive_s,
     real_number,
     refuse_lone_surrogates,
     shown_key,
@@ -87,6 +88,7 @@ KNOWN_KEYS = {
     "sfw_mode",
     "deterministic",
     "response_format",
+    "keep_alive",
 }
 
 
@@ -102,6 +104,7 @@ class ChatRequest:
     stream: bool = False
     deterministic: bool = False
     sfw_mode: bool = False
+    keep_alive_s: float | None = None  # seconds that the model leaves last; None: its own
     deadline_s: float
     ignored: tuple[str, ...] = ()
 
@@ -133,6 +136,7 @@ class ChatParser:
             stream=stream,
             deterministic=self._deterministic(body),
             sfw_mode=_flag(body, "sfw_mode"),
+            keep_alive_s=keep_alive_s(body.get("keep_alive")),
             deadline_s=self._deadline(body, stream),
             ignored=tuple(ignored),
         )
@@ -264,6 +268,7 @@ class ChatService:
             schema=parsed.schema,
             stream=parsed.stream,
             deterministic=parsed.deterministic,
+            keep_alive_s=parsed.keep_alive_s,
             deadline_s=parsed.deadline_s,
         )
         try:

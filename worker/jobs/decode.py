@@ -20,6 +20,7 @@ from worker.config import Limits
 from worker.errors import InvalidRequest, OutOfRange, Unsupported
 from worker.jobs import types
 from worker.jsonvalues import (
+    keep_alive_s,
     real_number,
     refuse_lone_surrogates,
     shown_key,
@@ -61,6 +62,7 @@ class JobRequest:
     ignored: tuple[str, ...]
     exactness: str = "bit"  # the least that will do
     priority: int = 0
+    keep_alive_s: float | None = None
     adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
     body: str = ""  # fingerprint of what arrived, to tell a repeat from another job
 
@@ -125,6 +127,7 @@ class _Decoder:
             params=params,
             exactness=self._exactness(),
             priority=within("priority", self._integer("priority", default=0), *PRIORITIES),
+            keep_alive_s=keep_alive_s(self._first("keep_alive")),
             ignored=self._ignored(),
             adjusted=self._adjusted,
             body=_fingerprint(self._body),

@@ -94,6 +94,7 @@ class JobRunner:
         )
         if job.status.is_final:  # cancelled between the look and the claim
             return
+        following = self._table.next_queued()
         mailbox = self._link.submit(
             RenderJob(
                 request_id=job.id,
@@ -103,6 +104,8 @@ class JobRunner:
                 staging_dir=str(staging),
                 exactness=job.request.exactness,
                 priority=job.request.priority,
+                keep_alive_s=job.request.keep_alive_s,
+                next_model=following.request.model if following is not None else None,
             )
         )
         try:

@@ -135,6 +135,7 @@ class Generate(Message, frozen=True, kw_only=True):
     sampling: Sampling
     schema: str | None = None  # JSON Schema, as JSON text, that the answer must follow
     deterministic: bool = False  # same bits whatever else runs; slower
+    keep_alive_s: float | None = None  # the model leaves last for so long; None: its own
     stream: bool = False  # whether `Token` events are wanted before `Generated`
     deadline_s: float  # from the arrival of this message
 
@@ -216,6 +217,8 @@ class RenderJob(Message, frozen=True, kw_only=True):
     staging_dir: str
     exactness: str = "bit"  # the least that will do: bit | close | lossy
     priority: int = 0  # for device memory; higher goes first
+    keep_alive_s: float | None = None  # the model leaves last for so long; None: its own
+    next_model: str | None = None  # of the job that follows, whose parts may come meanwhile
 
 
 class Progress(Message, frozen=True, kw_only=True):
@@ -323,6 +326,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     priority: int = 0
     deadline_s: float | None = None  # refused when it has waited so long
     standing: bool = False  # kept when it is not used, until somebody else needs it
+    free_only: bool = False  # refused at once where anything would have to move for it
     model: str = ""  # of a phase whose seconds are worth learning
     pixels: int = 0  # of all its frames; 0: not to be learned from
     work: float = 1.0  # what its seconds are proportional to beside them, such as steps
@@ -374,6 +378,7 @@ class Use(Message, frozen=True, kw_only=True):
     epoch: int
     fence: int
     busy: bool
+    keep_alive_s: float | None = None  # instead of the tenants' own, after this use
 
 
 class Release(Message, frozen=True, kw_only=True):
@@ -381,6 +386,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     fence: int
+    keep_alive_s: float | None = None  # as in Use
 
 
 class Yield(Message, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.view import LiveView, PlainView, QuietView, curl_lines, open_view
 from worker.supervisor.wire import ChildWire, ControlServer
 from worker.vram.broker import Broker
-from worker.vram.probe import first_card
+from worker.vram.probe import device_memory, first_card
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class _Daemon:
         except ConfigError:  # the engines say it too, and the fronts tell who asks
             budget = Budget("no card", 0, 0)
         log.info("device memory: %d bytes of %s", budget.total_bytes, budget.name)
+        self._on_card = budget.process_bytes > 0
         self._lender = Lender(Broker(budget.total_bytes), budget.process_bytes, self._wire.send)
         spawner = Spawner(settings.state_dir / "logs", {**environment, **absolute})
         self._supervisor = Supervisor(
@@ -113,6 +114,9 @@ class _Daemon:
                     self._show(now)
                     states = [child.state for child in self._supervisor.children]
                     self._lender.reconcile([state for state in states if state], now)
+                    if self._on_card:
+                        card = device_memory("cuda")
+                        self._lender.reconcile_driver(card.total_bytes - card.free_bytes, now)
                 self._poller.poll(int(TICK_S * 1000))
             self._show(time.monotonic())
         finally:

@@ -12,6 +12,7 @@ from worker.vram.dryrun import dry_run
 log = logging.getLogger(__name__)
 
 DRIFT_ALARM = 0.02  # of the budget
+DRIVER = "the driver"
 SETTLED_S = 2.0  # after its last work, before what an engine holds is compared with the ledger
 
 
@@ -23,12 +24,14 @@ class Lender:
         self._broker = broker
         self._process_bytes = process_bytes
         self._send = send
+        self._holders: set[str] = set()
         self._quiet_since: dict[str, float] = {}
         self._drifts: dict[str, float] = {}
         self._alarms = 0
 
     def began(self, name: str) -> int:
         """An engine has been started; returns its epoch."""
+        self._holders.add(name)
         return self._broker.join(name, self._process_bytes)
 
     def ended(self, name: str, now: float) -> None:
@@ -53,16 +56,26 @@ class Lender:
                 continue
             if now - self._quiet_since.setdefault(state.name, now) < SETTLED_S:
                 continue  # the state may have been made before the last message
-            granted = self._broker.ledger.held_by(state.name)
-            drift = (measured - granted) / max(1, self._broker.ledger.budget_bytes)
-            if abs(drift) > DRIFT_ALARM >= abs(self._drifts.get(state.name, 0.0)):
-                self._alarms += 1
-                log.error(
-                    "%s holds %d bytes and was granted %d: %.1f %% of the budget apart; a restart "
-                    "of it gives them back",
-                    state.name, measured, granted, 100 * drift,
-                )  # fmt: skip
-            self._drifts[state.name] = drift
+            self._compare(state.name, measured, self._broker.ledger.held_by(state.name))
+
+    def reconcile_driver(self, used_bytes: int, now: float) -> None:
+        """Compare what the driver says is used, by every process on the card, with the ledger."""
+        ledger = self._broker.ledger
+        names = [name for name in self._holders if self._broker.knows(name)]
+        if not all(self._broker.is_quiet(name) for name in names):
+            self._quiet_since.pop(DRIVER, None)
+        elif now - self._quiet_since.setdefault(DRIVER, now) >= SETTLED_S:
+            self._compare(DRIVER, used_bytes, ledger.budget_bytes - ledger.free_bytes)
+
+    def _compare(self, name: str, measured: int, granted: int) -> None:
+        drift = (measured - granted) / max(1, self._broker.ledger.budget_bytes)
+        if abs(drift) > DRIFT_ALARM >= abs(self._drifts.get(name, 0.0)):
+            self._alarms += 1
+            log.error(
+                "%s: %d bytes are used and %d were granted, %.1f %% of the budget apart",
+                name, measured, granted, 100 * drift,
+            )  # fmt: skip
+        self._drifts[name] = drift
 
     def explain(self, about: str) -> list[dict[str, object]] | None:
         return self._broker.explain(about)

@@ -66,6 +66,7 @@ class _Tenant:
     back_s: float = 0.0
     alone_until: float = float("-inf")
     taken_for: str = ""  # the request that it went for the last time
+    keep_alive_s: float | None = None  # as the last request wished; None: its own
 
 
 @dataclass(slots=True)
@@ -295,13 +296,13 @@ class Broker:
     def _use(self, holder: str, message: Use, now: float) -> list[Order]:
         lease = self.ledger.lease(message.fence, holder)
         self._granted[message.fence].busy = message.busy
-        self._used(lease.tenants, now, begins=message.busy)
+        self._used(lease.tenants, now, begins=message.busy, keep_alive_s=message.keep_alive_s)
         return [] if message.busy else self._serve(now)
 
     def _release(self, holder: str, message: Release, now: float) -> list[Order]:
         lease = self.ledger.lease(message.fence, holder)
         granted = self._granted[message.fence]
-        self._used(lease.tenants, now, begins=False)
+        self._used(lease.tenants, now, begins=False, keep_alive_s=message.keep_alive_s)
         self._close(granted)
         asked = granted.asked
         took_s = now - granted.since - granted.brought_s
@@ -410,12 +411,16 @@ class Broker:
         if chosen is None and not patient:
             chosen = self._choose(waiter, now, patient=False)
         if chosen is None:
+            if waiter.asked.free_only:
+                return [self._refuse(waiter, "there is no room for it now", now)]
             if (why := self._impossible(waiter, now)) is not None:
                 return [self._refuse(waiter, why, now)]
             self._note_wait(waiter, now)
             return []
         index, plan = chosen
         way = ways[index]
+        if waiter.asked.free_only and plan.victims:
+            return [self._refuse(waiter, "something would have to move for it", now)]
         orders = [self._ask_away(waiter, move, now) for move in plan.victims]
         arrivals = {m.tenant: m.bytes for m in plan.moves if m.kind in policy.ARRIVALS}
         if sum(arrivals.values()) + way.peak_bytes > self.ledger.free_bytes or any(
@@ -473,7 +478,8 @@ class Broker:
             shrinks_in_use=used and not (one.move or self.arriving_bytes(name)),
             pinned=spec.pinned,
             priority=spec.priority,
-            keep_until=one.last_used + spec.keep_alive_s,
+            keep_until=one.last_used
+            + (spec.keep_alive_s if one.keep_alive_s is None else one.keep_alive_s),
             last_used=one.last_used,
             uses=tuple(one.uses),
             park_s=0.0 if spec.host_copy else NEVER_S,
@@ -707,10 +713,13 @@ class Broker:
     def _owns(self, holder: str, name: str) -> bool:
         return name in self._tenants and self._tenants[name].holder == holder
 
-    def _used(self, names: Iterable[str], now: float, *, begins: bool) -> None:
+    def _used(
+        self, names: Iterable[str], now: float, *, begins: bool, keep_alive_s: float | None = None
+    ) -> None:
         for name in names:
             if (one := self._tenants.get(name)) is not None:
                 one.last_used = now
+                one.keep_alive_s = keep_alive_s
                 if begins:
                     one.uses.append(now)
 

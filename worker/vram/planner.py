@@ -91,8 +91,8 @@ class Sizer:
         self._max_running = max_running
         self._configs: dict[str, Configs] = {}
 
-    def chat(self, spec: ModelSpec, file_bytes: int | None = None) -> ChatBytes:
-        """file_bytes: of the weights, where their files were read; else they are counted.
+    def chat(self, spec: ModelSpec) -> ChatBytes:
+        """As it is loaded; its files may hold another type.
 
         Raises ModelUnavailable, and WorkerError when a pass cannot be measured.
         """
@@ -100,10 +100,9 @@ class Sizer:
         phases = chat_phases(config, spec.dtype, self._device, self._max_running)
         block = kv_block_bytes(config, spec.dtype)
         blocks = self._kv_bytes // block
-        if file_bytes is None:
-            file_bytes = self._peaks.ask([phases[-1].passes[0]])[0].weight_bytes
+        [counted] = self._peaks.ask([phases[-1].passes[0]])
         return ChatBytes(
-            weights=chat_weight_bytes(spec, config, file_bytes, self._device),
+            weights=chat_weight_bytes(spec, config, counted.weight_bytes, self._device),
             pool=blocks * block,
             least_pool=max(1, int(blocks * LEAST_SHARE)) * block,
             pass_peak=max(self._peaks.of_phase(phase) for phase in phases),

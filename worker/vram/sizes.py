@@ -69,15 +69,16 @@ def part_configs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
 
 
 def chat_weight_bytes(
-    spec: ModelSpec, config: Mapping[str, Any], file_bytes: int, device: str
+    spec: ModelSpec, config: Mapping[str, Any], plain_bytes: int, device: str
 ) -> int:
-    """Bytes of a chat model's weights on the device. file_bytes: of its files' tensors."""
+    """Bytes of a chat model's weights on the device. plain_bytes: as
+    the library loads them."""
     if device == "cpu" and config.get("tie_word_embeddings"):
         # Packed layers (worker/engine/chat/linear.py): a tied output layer is a copy. In bfloat16
         # only some processors pack; counted for all.
         width = {"float32": 4, "bfloat16": 2}.get(spec.dtype, 0)
-        return file_bytes + int(config["vocab_size"]) * int(config["hidden_size"]) * width
-    return file_bytes
+        return plain_bytes + int(config["vocab_size"]) * int(config["hidden_size"]) * width
+    return plain_bytes
 
 
 class Peaks:

@@ -37,7 +37,6 @@ from worker.errors import (
     WorkerError,
 )
 from worker.log import request_scope
-from worker.modelfiles import weight_bytes
 from worker.protocol.messages import (
     Generate,
     LoadModel,
@@ -333,7 +332,7 @@ class ChatEngine:
     def _sizes(self, spec: ModelSpec) -> ChatBytes:
         """Raises ModelUnavailable."""
         self._models.require_files(spec.id)
-        return self._sizer.chat(spec, weight_bytes(spec))
+        return self._sizer.chat(spec)
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -567,11 +566,11 @@ class ChatEngine:
             self._turns.remove(model)
             model.pool.check()
             assert model.pool.used == 0, "blocks are used by no sequence"
-            self._rests(self._lanes[request.message.model])
+            self._rests(self._lanes[request.message.model], request.message.keep_alive_s)
 
-    def _rests(self, lane: Lane) -> None:
-        """Nothing runs on a model any more."""
-        lane.use(busy=False)
+    def _rests(self, lane: Lane, keep_alive_s: float | None) -> None:
+        """Nothing runs on a model any more. keep_alive_s: as its last request wished."""
+        lane.use(busy=False, keep_alive_s=keep_alive_s)
         if lane.leaving:
             for part in (lane.weights, lane.kv):
                 if self._leases.is_wanted(part) is not None:

@@ -109,9 +109,9 @@ class Lane:
         self._leases.release(self._question)
         self._question = None
 
-    def use(self, *, busy: bool) -> None:
+    def use(self, *, busy: bool, keep_alive_s: float | None = None) -> None:
         assert self._question is not None
-        self._leases.use(self._question, busy=busy)
+        self._leases.use(self._question, busy=busy, keep_alive_s=keep_alive_s)
 
     def gone(self, *tenants: str) -> None:
         """These tenants have left the device without an order to each of them."""

@@ -23,6 +23,7 @@ from worker.engine.answers import answer, quietly
 from worker.engine.device import release_cache
 from worker.engine.host import Outbox, Report, Ticket
 from worker.engine.leases import Leases
+from worker.engine.media.ahead import Ahead
 from worker.engine.media.embeddings import EmbeddingCache, Tensors
 from worker.engine.media.files import save_image, save_video
 from worker.engine.media.sdxl import Sdxl
@@ -74,6 +75,7 @@ class MediaEngine:
         self._leases = leases
         self._clock = clock
         self._peaks = peaks
+        self._ahead = Ahead(leases)
         self._embeddings = EmbeddingCache(state_dir / "embeddings")
         self._models: Residents[Sdxl | Wan] = Residents(
             catalog.specs, device, self._load, lambda: outbox.publish(self.report()), max_resident
@@ -135,6 +137,7 @@ class MediaEngine:
 
     def _do(self, ticket: Ticket, message: Message) -> None:
         self._running, self._cancelled = ticket, False
+        self._ahead.forget()
         self._outbox.publish(self.report())
         match message:
             case RenderJob():
@@ -165,6 +168,7 @@ class MediaEngine:
                 "encode", model, job, track, taken,
                 lambda: model.encode(job.params, self._embeddings),
             )  # fmt: skip
+        self._look_ahead(model, job)
         latents = self._phase(
             "denoise", model, job, track, taken, lambda: self._denoise(model, job, texts, track)
         )
@@ -211,6 +215,7 @@ class MediaEngine:
         for climbs in range(MAX_CLIMBS + 1):
             with self._leases.phase(
                 job.request_id, name, left, lambda: self._wait(track), priority=job.priority,
+                keep_alive_s=job.keep_alive_s,
                 model=job.model, work=passes * (job.params.num_images if name != "encode" else 1),
                 pixels=job.params.width * job.params.height * job.params.frames,
             ) as lease:  # fmt: skip
@@ -268,6 +273,15 @@ class MediaEngine:
             return [save_image(folder, 0, Image.fromarray(frames[0]), params.seed)]
         return [save_video(folder, frames, params.fps, params.seed)]
 
+    def _look_ahead(self, model: Sdxl | Wan, job: RenderJob) -> None:
+        """Ask for what comes after the denoising, of this job and of the next one."""
+        phases = model.phases(job.params)
+        self._ahead.want(job.request_id, model.parts, phases["decode"].parts)
+        if job.next_model is not None and job.next_model in self._models:
+            following = self._models.get(job.next_model)
+            for names in following.parts_in_order():
+                self._ahead.want(job.request_id, following.parts, names)
+
     def _wait(self, track: _Track) -> None:
         """For a lease."""
         track.phase("wait")
@@ -280,6 +294,7 @@ class MediaEngine:
         self._steps_done += 1
         track.step(step)
         self._outbox.poll()
+        self._ahead.bring()
         if self._cancelled:
             raise Cancelled(f"the job was cancelled after step {track.done} of {track.steps}")
 

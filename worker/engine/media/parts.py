@@ -46,6 +46,11 @@ class Part:
         return PartBytes(whole=self.size_bytes, streamed=self._rest.size_bytes + most)
 
     @property
+    def is_whole(self) -> bool:
+        """All of it is on the device."""
+        return self.held_bytes == self.size_bytes
+
+    @property
     def held_bytes(self) -> int:
         """On the device now."""
         every = [self._rest, *(one for _, one in self._blocks)]
@@ -93,7 +98,7 @@ class Parts:
         *, pinned: bool = False, keep_alive_s: float = 0.0, priority: int = 0,
     ):  # fmt: skip
         """Takes the modules' weights over, into host memory."""
-        self._model = model
+        self.model = model
         self._leases = leases
         self._parts = {
             tenant_id(model, name): Part(name, one, device) for name, one in modules.items()
@@ -121,7 +126,7 @@ class Parts:
         return iter(self._parts.values())
 
     def __getitem__(self, name: str) -> Part:
-        return self._parts[tenant_id(self._model, name)]
+        return self._parts[tenant_id(self.model, name)]
 
     def give_back(self, order: Yield) -> int:
         """Nothing of it computes: the broker takes no tenant of a lease that is in use."""
@@ -133,14 +138,14 @@ class Parts:
         """All of it goes from the device, and from the ledger."""
         for part in self._parts.values():
             part.park()
-        self._leases.forget(self._model)
+        self._leases.forget(self.model)
 
     @contextmanager
     def ready(self, lease: Question, names: Sequence[str]) -> Iterator[None]:
         """Bring what the way that was granted needs; stream the others of `names`."""
         with ExitStack() as stack:
             for name in names:
-                tenant = tenant_id(self._model, name)
+                tenant = tenant_id(self.model, name)
                 part = self._parts[tenant]
                 if tenant in lease.way.tenants:
                     self._bring(lease, tenant, part)
@@ -154,7 +159,7 @@ class Parts:
             yield
 
     def _bring(self, lease: Question, tenant: str, part: Part) -> None:
-        if part.held_bytes == part.size_bytes:
+        if part.is_whole:
             return
         began = time.monotonic()
         try:

@@ -103,6 +103,10 @@ class Sdxl:
         shape = Shape(params.width, params.height, guided=guided)
         return {one.name: one for one in image_phases(self._configs, self._spec.dtype, shape)}
 
+    def parts_in_order(self) -> tuple[tuple[str, ...], ...]:
+        """Parts as the phases of a job need them."""
+        return PARTS[:2], PARTS[2:3]
+
     def passes(self, params: RenderParams) -> dict[str, int]:
         """How often the largest part of each phase computes."""
         return {"encode": 2, "denoise": params.steps, "decode": 1}

@@ -114,6 +114,10 @@ class Wan:
         shape = Shape(params.width, params.height, params.frames, guided=params.guidance_scale > 1)
         return {one.name: one for one in video_phases(self._configs, self._spec.dtype, shape)}
 
+    def parts_in_order(self) -> tuple[tuple[str, ...], ...]:
+        """Parts as the phases of a job need them; the text encoder is too large to come early."""
+        return (PARTS[1:2],)
+
     def passes(self, params: RenderParams) -> dict[str, int]:
         """How often the largest part of each phase computes."""
         texts = 2 if params.guidance_scale > 1 else 1
