@@ -187,6 +187,19 @@ def make_pod(tmp_path: Path) -> Iterator[Callable[..., Pod]]:
         pod.close()
 
 
+def kill_some(pod: Pod, random: Random) -> None:
+    """At some moment; then everybody goes on: those that live at once, the others when they have
+    begun again."""
+    later = sum(pod.done(name) for name in NAMES) + random.randint(1, 25)
+    pod.until(lambda: sum(pod.done(name) for name in NAMES) >= later)
+    victims = random.sample(NAMES, random.choice((1, 1, 2)))
+    for name in victims:
+        pod.kill(name)
+    pod.until(lambda: not any(pod.runs(name) for name in victims))
+    marks = {name: pod.done(name) + 2 for name in NAMES}
+    pod.until(lambda: all(pod.done(name) >= marks[name] for name in NAMES))
+
+
 def test_processes_that_are_killed_at_any_moment_never_hold_more_than_there_is(
     make_pod: Callable[..., Pod],
 ) -> None:
@@ -194,15 +207,7 @@ def test_processes_that_are_killed_at_any_moment_never_hold_more_than_there_is(
     pod.until(lambda: all(pod.done(name) for name in NAMES))
 
     for _ in range(KILLS):
-        later = sum(pod.done(name) for name in NAMES) + random.randint(1, 25)
-        pod.until(lambda later=later: sum(pod.done(name) for name in NAMES) >= later)
-        victims = random.sample(NAMES, random.choice((1, 1, 2)))
-        for name in victims:
-            pod.kill(name)
-        pod.until(lambda victims=victims: not any(pod.runs(name) for name in victims))
-        # Everybody goes on: those that live at once, the others when they have begun again.
-        marks = {name: pod.done(name) + 2 for name in NAMES}
-        pod.until(lambda marks=marks: all(pod.done(name) >= marks[name] for name in NAMES))
+        kill_some(pod, random)
 
     pod.watch.end()
     assert pod.watch.looks > 0

@@ -206,8 +206,8 @@ class Engine:
         self.leases.forget(model)
 
     def may_give(self, tenant: str) -> bool:
-        """It is there, and nothing computes with it."""
-        return self.held(tenant) > 0 and not self.users(tenant)
+        """Nothing computes with it. It may also say once more that it is gone."""
+        return not self.users(tenant)
 
     def give(self, tenant: str, *, wholly: bool) -> None:
         self.device[tenant] = (
@@ -303,6 +303,10 @@ class Machine(RuleBasedStateMachine):
         # that it could be asked for.
         self._ask(number, [(bits, 0, longer_s) for bits, _, longer_s in ways], heard, standing=True)
 
+    @rule(number=ENGINE, bits=st.sampled_from((1, 2, 3)), heard=HEARD)
+    def asks_ahead(self, number: int, bits: int, heard: str) -> None:
+        self._ask(number, [(bits, 0, 0.0)], heard, free_only=True)
+
     def _ask(
         self,
         number: int,
@@ -312,6 +316,7 @@ class Machine(RuleBasedStateMachine):
         priority: int = 0,
         deadline_s: float | None = None,
         standing: bool = False,
+        free_only: bool = False,
     ) -> None:
         engine = self.engines.get(NAMES[number])
         if engine is None or not engine.leases.connected:
@@ -333,6 +338,7 @@ class Machine(RuleBasedStateMachine):
             priority=priority,
             deadline_s=deadline_s,
             standing=standing,
+            free_only=free_only,
         )
         engine.work.append(Work(question))
         self._deliver(engine, heard)
