@@ -151,6 +151,8 @@ def values(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.lists(values(kind.item_type), max_size=3)
         case msgspec.inspect.VarTupleType():
             return st.lists(values(kind.item_type), max_size=3).map(tuple)
+        case msgspec.inspect.TupleType():
+            return st.tuples(*map(values, kind.item_types))
         case msgspec.inspect.DictType():
             return st.dictionaries(values(kind.key_type), values(kind.value_type), max_size=3)
         case msgspec.inspect.StructType():
