@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from worker.config import REPOSITORY
 from worker.engine.device import open_device
-from worker.engine.parking import Parked
+from worker.engine.parking import Parked, _device_buffer
 from worker.engine.peaks import held
 
 SMALL = REPOSITORY / "models" / "demo-image" / "unet"
@@ -145,8 +145,12 @@ def _bring(module: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         module.to(device)
         torch.cuda.synchronize()
-    else:
-        module._apply(torch.clone)  # type: ignore[no-untyped-call]
+        return
+    target, end = _device_buffer(held(module), device), 0
+    for one in module.parameters():
+        source = one.detach().view(-1).view(torch.uint8)
+        target[end : end + len(source)].copy_(source)
+        end += len(source)
 
 
 def _read(folder: Path) -> None:
@@ -166,7 +170,7 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
     module = _load(folder, torch.float16)
     weight_bytes = held(module)
     _read(folder)
-    _have_memory(weight_bytes)
+    _have_memory(weight_bytes, device)
     with _timed() as taking:
         parked = Parked(module, device)
     parked.wake()  # the first copy on a card sets things up
@@ -178,7 +182,7 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
         for turn in ("load", "wake") if index % 2 else ("wake", "load"):
             gc.collect()
             _read(folder)
-            _have_memory(weight_bytes)
+            _have_memory(weight_bytes, device)
             if turn == "load":
                 with _timed() as load:
                     fresh = _load(folder, torch.float16)
@@ -212,10 +216,14 @@ def _rounds(folder: Path, device: torch.device, rounds: int, console: Console) -
     return found
 
 
-def _have_memory(size_bytes: int) -> None:
-    """Touch as much and free it. A virtual machine's free memory may be with its host, who takes
-    ten times as long as we do to give it; so long as both turns need it, neither is to wait."""
-    torch.ones(size_bytes, dtype=torch.uint8)
+def _have_memory(size_bytes: int, device: torch.device) -> None:
+    """Touch as much memory as a turn needs, and free it.
+
+    Free memory of a virtual machine may be with its host, and comes back ten to a hundred times
+    slower than it is filled. Neither turn is to wait for that.
+    """
+    if device.type == "cpu":
+        _device_buffer(size_bytes, device).fill_(1)
 
 
 @contextmanager

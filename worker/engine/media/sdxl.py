@@ -1,7 +1,7 @@
 """SDXL text-to-image through diffusers' own pipeline, in three phases: encode, denoise, decode.
 
 Each phase computes with other parts of the model, so each of them can be on the device alone. The
-picture is the one of the pipeline's own single call, to the bit (tests/unit/test_media_phases.py).
+picture is the one of the pipeline's own single call, to the bit (tests/integration/test_media_phases.py).
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Sdxl:
         upcast = vae.dtype == torch.float16 and config.force_upcast
         try:
             if upcast:
-                pipeline.upcast_vae()
+                vae.to(dtype=torch.float32)
                 latents = latents.to(next(iter(vae.post_quant_conv.parameters())).dtype)
             mean, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
             if mean is not None and deviation is not None:
