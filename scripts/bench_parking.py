@@ -5,8 +5,7 @@ says, and does anything drift when it happens hundreds of times?
     python scripts/bench_parking.py --device cuda --size 4900 --json benchmarks/parking-cuda.json
     python scripts/bench_parking.py --size 100 --rounds 5 --cycles 60       a quick look
 
-Seconds mean little on a CPU that others use too, less still with several --threads: every copy
-waits for the last of them.
+Seconds mean little on a CPU that others use too.
 
 The first two questions are asked of SDXL's UNet with all of its 1,680 tensors and narrower ones
 (--size; 4900 is the real one), random weights in float16, made once under --work; the third of the
@@ -56,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from worker.config import REPOSITORY
 from worker.engine.device import open_device
-from worker.engine.parking import Parked, _device_buffer
+from worker.engine.parking import Parked, _copy, _device_buffer
 from worker.engine.peaks import held
 
 SMALL = REPOSITORY / "models" / "demo-image" / "unet"
@@ -149,7 +148,7 @@ def _bring(module: nn.Module, device: torch.device) -> None:
     target, end = _device_buffer(held(module), device), 0
     for one in module.parameters():
         source = one.detach().view(-1).view(torch.uint8)
-        target[end : end + len(source)].copy_(source)
+        _copy(source, target[end : end + len(source)])
         end += len(source)
 
 

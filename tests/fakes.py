@@ -463,7 +463,7 @@ class FakeSizer:
         )  # fmt: skip
 
     def media_phases(
-        self, spec: ModelSpec, shape: Shape, *, steps: int, exactness: str
+        self, spec: ModelSpec, shape: Shape, *, steps: int, images: int, exactness: str
     ) -> tuple[PhaseWays, ...]:
         parts = {"all": PartBytes(whole=4 << 30, streamed=1 << 30)}
         rungs = ways(spec.id, parts, 3 << 30, passes=steps)

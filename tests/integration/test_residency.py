@@ -212,6 +212,31 @@ def test_out_of_memory_climbs_to_the_next_way_and_says_so(
     assert hashes(bench.done("demo-image", "c")) == hashes(resident["demo-image"])
 
 
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_out_of_memory_in_a_decode_keeps_the_pictures_that_are_made(
+    fails_at: int, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(state_dir, alone(1 << 34))
+    params = _with(IMAGE, width=320, height=320, steps=1)
+    whole = bench.done("demo-image", "a", params=params, exactness="close")
+    model = bench.engine._models.get("demo-image")
+    decode, tries = model.decode, []
+
+    def once_too_much(latents: Any) -> Any:
+        tries.append(1)
+        if len(tries) == fails_at:
+            raise torch.OutOfMemoryError("injected")
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode", once_too_much)
+    done = bench.done("demo-image", "b", params=params, exactness="close")
+
+    assert steps(done)["decode"] == "tiled"
+    assert len(done.assets) == 2
+    same = [a == b for a, b in zip(hashes(done), hashes(whole), strict=True)]
+    assert same == [fails_at == 2, False]
+
+
 def test_out_of_memory_in_every_way_ends_that_job_and_no_other(
     state_dir: Path, resident: dict[str, JobRendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +314,18 @@ def test_parts_of_the_next_job_come_while_this_one_computes_where_there_is_room(
     assert following.parts["transformer"].is_whole == comes
     assert hashes(done) == hashes(resident["demo-image"])
     assert bench.held <= budget
+
+
+def test_what_was_to_come_ahead_keeps_nothing_from_others_after_the_denoising(
+    state_dir: Path,
+) -> None:
+    leases = alone(1 << 34)
+    bench = Bench(state_dir, leases)
+    bench.engine._models.ensure("demo-video")
+    bench.done("demo-image", next_model="demo-video", params=_with(IMAGE, steps=1, num_images=1))
+
+    question = leases.ask("probe", "x", [_whole_device(bench)])
+    assert question.granted is not None
 
 
 def test_what_is_unloaded_leaves_the_device_and_the_ledger(state_dir: Path) -> None:

@@ -18,6 +18,7 @@ from worker.protocol.messages import (
     Granted,
     Hello,
     Message,
+    PhaseWays,
     Refused,
     Release,
     TenantSpec,
@@ -28,6 +29,7 @@ from worker.protocol.messages import (
     Yielded,
 )
 from worker.vram.broker import DECLINED_S, GROW_AFTER_S, PATIENCE_S, Broker, Order
+from worker.vram.dryrun import dry_run
 from worker.vram.ledger import Ledger, OverCommit, StaleFence
 from worker.vram.order import MAX_HELD_S, MAX_OVERTAKEN
 
@@ -1342,3 +1344,51 @@ def test_what_is_wanted_ahead_moves_nothing_and_does_not_wait(card: Card) -> Non
     assert card.ask("media", "unet", way("sdxl.unet"), free_only=True) == ["media: refused unet"]
     assert card.ask("media", "vae", way("sdxl.vae"), free_only=True) == ["media: granted vae"]
     assert card.held_gib("qwen.weights") == 6
+
+
+# --- what is planned, and what is learned ---------------------------------------------------------
+
+
+def plans(card: Card, peak_gib: int) -> list[str | None]:
+    phase = PhaseWays(name="decode", ways=(way(peak_gib=peak_gib),))
+    return [one.refused for one in dry_run(card.broker, "media", [], [phase], card.now)]
+
+
+def test_a_plan_can_be_made_right_after_an_engine_declined(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.weights", 6))
+    card.ask("media", "job", way(peak_gib=8))
+    card.give("chat", "qwen.weights", 6)
+
+    assert plans(card, 8) == [None]
+    assert plans(card, 11) != [None]
+
+
+def test_a_pool_is_left_alone_while_the_rest_of_its_lease_is_brought(card: Card) -> None:
+    weights, pool = spec("qwen.weights", 4), spec("qwen.kv", 4, floor_gib=1)
+    card.declare("chat", weights, pool)
+    card.ask("chat", "talk", way("qwen.weights qwen.kv"), standing=True)
+
+    assert card.ask("media", "job", way(peak_gib=4)) == []
+    card.bring("talk", "qwen.weights")
+    assert card.bring("talk", "qwen.kv") == ["chat: wait, shrink qwen.kv"]
+
+
+def test_a_pool_that_could_not_shrink_is_left_alone_for_a_second(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.kv", 6, floor_gib=1))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=6))
+
+    assert card.give("chat", "qwen.kv", 6) == []
+    assert card.after(DECLINED_S / 2) == []
+    assert card.after(DECLINED_S) == ["chat: wait, shrink qwen.kv"]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_only_a_phase_that_came_to_its_end_is_learned_from(card: Card, done: bool) -> None:
+    card.ask("media", "job", way(peak_gib=1), model="sdxl", pixels=100, work=10.0)
+    card.after(20.0)
+    fence = card.grants["job"].fence
+    card.say("media", Release(epoch=card.epochs["media"], fence=fence, done=done))
+
+    known = card.broker.paces.estimate("sdxl", "denoise", 100, 1.0)
+    assert (known is not None) == done

@@ -47,6 +47,10 @@ class Owner(Protocol):
         """Carry it out and say how many bytes the tenant has now; None: later, `Leases.gave`."""
         ...
 
+    def held_bytes(self, tenant: str) -> int:
+        """What a tenant has on the device now."""
+        ...
+
 
 @dataclass(slots=True)
 class Question:
@@ -56,6 +60,7 @@ class Question:
     began: float
     granted: Granted | None = None
     refused: Refused | None = None
+    failed: bool = False  # what was computed with it came to nothing
 
     @property
     def way(self) -> Way:
@@ -118,6 +123,10 @@ class Leases:
 
     def forget(self, model: str) -> None:
         """A model's tenants are gone, and with them what they held."""
+        gone = {spec.id for spec in self._specs.get(model, ())}
+        for question in list(self._questions.values()):
+            if any(gone.intersection(way.tenants) for way in question.asked.ways):
+                self.withdraw(question)
         for spec in self._specs.pop(model, ()):
             del self._owners[spec.id]
             self._later.pop(spec.id, None)
@@ -140,6 +149,7 @@ class Leases:
         """Ask for a lease; the answer comes into the question. The last three: what its seconds
         depend on (worker/protocol/messages.py)."""
         assert self.connected, "the orchestrator has not said hello"
+        request_id = _as_client_knows(request_id)
         self._last_number += 1
         asked = Acquire(
             epoch=self.epoch, number=self._last_number, request_id=request_id, phase=phase,
@@ -154,8 +164,8 @@ class Leases:
 
     def also(self, question: Question, request_id: str) -> None:
         """Another request waits for the same answer."""
-        number = question.asked.number
-        self.send(AlsoWaits(epoch=self.epoch, number=number, request_id=request_id))
+        number, known = question.asked.number, _as_client_knows(request_id)
+        self.send(AlsoWaits(epoch=self.epoch, number=number, request_id=known))
 
     def withdraw(self, question: Question) -> None:
         """Nobody wants the answer any more."""
@@ -184,11 +194,13 @@ class Leases:
         fence = question.granted.fence
         self.send(Use(epoch=self.epoch, fence=fence, busy=busy, keep_alive_s=keep_alive_s))
 
-    def release(self, question: Question, keep_alive_s: float | None = None) -> None:
-        """A phase is over. keep_alive_s: as for `use`."""
+    def release(
+        self, question: Question, keep_alive_s: float | None = None, *, done: bool = True
+    ) -> None:
+        """A phase is over. keep_alive_s: as for `use`. done: it came to its end."""
         assert question.granted is not None
         fence = question.granted.fence
-        self.send(Release(epoch=self.epoch, fence=fence, keep_alive_s=keep_alive_s))
+        self.send(Release(epoch=self.epoch, fence=fence, keep_alive_s=keep_alive_s, done=done))
 
     def gave(self, tenant: str, held_bytes: int) -> None:
         """A tenant has less now: what `give_back` put off, or without having been asked."""
@@ -203,7 +215,7 @@ class Leases:
         """A grant that is under way may count on what has just been given back."""
         for number, question in list(self._questions.items()):
             named = any(tenant in way.tenants for way in question.asked.ways)
-            if number in self._unwanted or not named:
+            if number not in self._questions or number in self._unwanted or not named:
                 continue
             self._questions[number] = Question(question.asked, question.began)
             self._unwanted.add(number)
@@ -242,10 +254,12 @@ class Leases:
         except BaseException:
             self.withdraw(question)
             raise
+        done = False
         try:
             yield question
+            done = not question.failed
         finally:
-            self.release(question, keep_alive_s)
+            self.release(question, keep_alive_s, done=done)
 
     def _greet(self, hello: Hello) -> None:
         self.epoch = hello.epoch
@@ -265,7 +279,13 @@ class Leases:
     def _give_back(self, order: Yield) -> None:
         owner = self._owners.get(order.tenant)
         began = self.clock()
-        held = 0 if owner is None else owner.give_back(order)
+        held: int | None = 0
+        if owner is not None:
+            try:
+                held = owner.give_back(order)
+            except RuntimeError as exc:  # out of memory, above all; what runs goes on
+                log.error("%s %s: %s", order.kind, order.tenant, exc)
+                held = owner.held_bytes(order.tenant)
         if held is None:
             self._later[order.tenant] = _Later(order, began)
             return
@@ -277,6 +297,11 @@ class Leases:
                 epoch=self.epoch, move=move, tenant=tenant, held_bytes=held_bytes, seconds=seconds
             )
         )
+
+
+def _as_client_knows(request_id: str) -> str:
+    """A front tells requests apart that have the same id by what it adds behind a #."""
+    return request_id.partition("#")[0]
 
 
 def alone(budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> Leases:

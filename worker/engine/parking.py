@@ -8,6 +8,7 @@ tensor up to a power of two.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ ALIGN_BYTES = 64
 # Large enough for the full speed of the bus, and small enough (5 to 10 ms) that the small copies
 # of a running request get between two of them.
 CHUNK_BYTES = 256 << 20
+# A smaller copy is one thread's work: on a busy CPU torch's wait for its other threads takes
+# milliseconds a copy, 6 s for the 1,680 weights of SDXL's UNet (scripts/bench_parking.py).
+SHARED_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ class Parked:
         first = tensors[0].tensor
         source = torch.empty(0, dtype=torch.uint8, device=first.device)
         source.set_(first.untyped_storage())
-        self._host[begin : begin + len(source)].copy_(source)
+        _copy(source, self._host[begin : begin + len(source)])
         places = [
             _Place(
                 owner=one.owner,
@@ -218,6 +222,14 @@ def _layout(sharing: list[list[_Weight]]) -> tuple[list[int], int]:
         begins.append(end)
         end += math.ceil(tensors[0].tensor.untyped_storage().nbytes() / ALIGN_BYTES) * ALIGN_BYTES
     return begins, end
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Bytes to host memory."""
+    if source.device.type == "cpu" and len(source) < SHARED_COPY_BYTES:
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
+    else:
+        target.copy_(source)
 
 
 def _point(place: _Place, buffer: torch.Tensor) -> None:

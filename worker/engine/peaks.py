@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -306,6 +307,7 @@ def main() -> int:
     """Answer every question of standard input."""
     logging.disable(logging.WARNING)  # the libraries' remarks on missing tokenizers and the like
     torch.set_num_threads(1)
+    os.nice(10)  # somebody waits for it, and others for what they asked before
     for line in sys.stdin:
         peak = measure(msgspec.json.decode(line, type=Question))
         print(msgspec.json.encode(peak).decode(), flush=True)

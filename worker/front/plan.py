@@ -13,18 +13,19 @@ from flask.typing import ResponseReturnValue
 from worker.catalog import Catalog
 from worker.config import Limits
 from worker.errors import Busy, EngineUnavailable, NotFound
+from worker.front.admission import Admission
 from worker.front.bodies import read_json
-from worker.jobs.decode import decode_job
+from worker.jobs.decode import JobRequest, decode_job
 from worker.protocol.control import Query
 from worker.protocol.messages import ExplainQuery, Explanation, Message, Planned, PlanQuery
-from worker.vram.phases import Shape
-from worker.vram.planner import Sizer
+from worker.vram.planner import Sizer, shape_of
 from worker.vram.ways import EXACTNESS
 
 # To the orchestrator; None when it does not answer.
 Ask = Callable[[Query], Message | None]
 # An unknown shape takes some 6 s for the libraries and up to 2 for each of its passes.
-MEASURE_WAIT_S = 60.0
+MEASURE_WAIT_S = 20.0
+MAX_PLANNING = 3  # at a time; more are refused, so that they never take the threads of /health
 
 
 class PlanService:
@@ -38,17 +39,25 @@ class PlanService:
         self._exactness = exactness
         self._ask = ask
         self._measuring = threading.Lock()
+        self._places = Admission(MAX_PLANNING)
 
     def plan(self, body: Any, request_id: str) -> dict[str, Any]:
         """Raises what a job body is refused with, Busy and EngineUnavailable."""
         job = decode_job(body, self._catalog, self._limits, self._exactness)
+        with self._places.place():
+            return self._planned(job, request_id)
+
+    def _planned(self, job: JobRequest, request_id: str) -> dict[str, Any]:
         spec, params = self._catalog.find(job.model), job.params
-        shape = Shape(params.width, params.height, params.frames, guided=params.guidance_scale > 1)
         if not self._measuring.acquire(timeout=MEASURE_WAIT_S):
             raise Busy("another plan is being measured", retry_after_s=10)
         try:
             phases = self._sizer.media_phases(
-                spec, shape, steps=params.steps * params.num_images, exactness=job.exactness
+                spec,
+                shape_of(params),
+                steps=params.steps,
+                images=params.num_images,
+                exactness=job.exactness,
             )
             tenants = self._sizer.media_tenants(spec)
         finally:

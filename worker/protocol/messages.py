@@ -206,6 +206,11 @@ class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str | None = None  # None: the model's own
     shift: float | None = None  # flow shift of WAN schedulers
 
+    @property
+    def guided(self) -> bool:
+        """Whether the pipelines compute with a second text."""
+        return self.guidance_scale > 1
+
 
 class RenderJob(Message, frozen=True, kw_only=True):
     """Make the images or the video of a job and stage the files in `staging_dir`."""
@@ -386,6 +391,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     fence: int
+    done: bool = True  # it came to its end; else its seconds say nothing
     keep_alive_s: float | None = None  # as in Use
 
 

@@ -112,11 +112,13 @@ class _Daemon:
                 if now - shown_at >= SHOW_EVERY_S:
                     shown_at = now
                     self._show(now)
-                    states = [child.state for child in self._supervisor.children]
-                    self._lender.reconcile([state for state in states if state], now)
+                    states = [child.state for child in self._supervisor.children if child.state]
+                    self._lender.reconcile(states, now)
                     if self._on_card:
                         card = device_memory("cuda")
-                        self._lender.reconcile_driver(card.total_bytes - card.free_bytes, now)
+                        self._lender.reconcile_driver(
+                            states, card.total_bytes - card.free_bytes, now
+                        )
                 self._poller.poll(int(TICK_S * 1000))
             self._show(time.monotonic())
         finally:
@@ -143,7 +145,10 @@ class _Daemon:
         for peer, query in self._control.receive():
             if isinstance(query, StopQuery):
                 self._supervisor.stop()
-            self._control.reply(peer, self._answer(query, now))
+            try:
+                self._control.reply(peer, self._answer(query, now))
+            except Exception:  # a question may not end what it asks about
+                log.exception("no answer to %s", type(query).__name__)
 
     def _answer(self, query: Query, now: float) -> Message:
         match query:

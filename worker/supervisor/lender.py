@@ -58,14 +58,16 @@ class Lender:
                 continue  # the state may have been made before the last message
             self._compare(state.name, measured, self._broker.ledger.held_by(state.name))
 
-    def reconcile_driver(self, used_bytes: int, now: float) -> None:
-        """Compare what the driver says is used, by every process on the card, with the ledger."""
+    def reconcile_driver(self, states: Sequence[State], used_bytes: int, now: float) -> None:
+        """Compare what the driver says is used, by every process on the card, with the ledger.
+        What is reserved for passes is not used while it is quiet."""
         ledger = self._broker.ledger
         names = [name for name in self._holders if self._broker.knows(name)]
         if not all(self._broker.is_quiet(name) for name in names):
             self._quiet_since.pop(DRIVER, None)
         elif now - self._quiet_since.setdefault(DRIVER, now) >= SETTLED_S:
-            self._compare(DRIVER, used_bytes, ledger.budget_bytes - ledger.free_bytes)
+            idle = sum(state.gauges.get("device_bytes_reserved", 0) for state in states)
+            self._compare(DRIVER, used_bytes, ledger.budget_bytes - ledger.free_bytes - idle)
 
     def _compare(self, name: str, measured: int, granted: int) -> None:
         drift = (measured - granted) / max(1, self._broker.ledger.budget_bytes)

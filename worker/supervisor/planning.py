@@ -136,7 +136,8 @@ class Planner:
         else:
             holder, tenants = ENGINES[1], self.sizer.media_tenants(spec)
             phases = self.sizer.media_phases(
-                spec, shape, steps=JOB_TYPES[job].steps * (asked.images or 1),
+                spec, shape, steps=JOB_TYPES[job].steps,
+                images=asked.images or 1,
                 exactness=asked.exactness or self._settings.media.exactness,
             )  # fmt: skip
         made = dry_run(self._at_start(), holder, tenants, phases, 0.0)

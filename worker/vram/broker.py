@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +91,7 @@ class _Granted:
     since: float
     arrivals: dict[str, int]  # bytes of tenants that its engine has to bring
     asked: Acquire
+    way: str
     brought_s: float = 0.0
 
 
@@ -137,14 +139,16 @@ class Broker:
 
     # --- what the orchestrator calls -------------------------------------------------------------
 
-    def join(self, holder: str, fixed_bytes: int) -> int:
+    def join(self, holder: str, fixed_bytes: int | None) -> int:
         """A process begins; returns its epoch. What it had before is void.
 
-        fixed_bytes: what it takes for itself before the first tensor, such as a CUDA context.
+        fixed_bytes: what it takes for itself before the first tensor, such as a CUDA context;
+        None: as much as before.
         """
         if holder in self._epochs:
-            self._untold += self.leave(holder, self._quiet_since)
-        self.ledger.join(holder, fixed_bytes)
+            self._untold += self.leave(holder, max(self._quiet_since, 0.0))
+        if fixed_bytes is not None:
+            self.ledger.join(holder, fixed_bytes)
         self._last_epoch += 1
         self._epochs[holder] = self._last_epoch
         return self._last_epoch
@@ -187,7 +191,7 @@ class Broker:
         for waiter in list(self._waiting):
             deadline_s = waiter.asked.deadline_s
             if deadline_s is not None and now - waiter.arrived > deadline_s:
-                why = f"no device memory came free within {deadline_s:g} s: {waiter.why}"
+                why = f"no device memory came free within {deadline_s:g} s: {self._why(waiter)}"
                 orders.append(self._refuse(waiter, why, now))
         orders += self._serve(now)
         if not self._waiting and not self._moves and now - self._quiet_since >= GROW_AFTER_S:
@@ -228,10 +232,10 @@ class Broker:
         )
         if unknown or not message.ways:
             what = ", ".join(unknown) or "a phase without a way to run it"
-            return [(holder, Refused(number=message.number, error=f"not declared: {what}"))]
+            return [self._refuse(waiter, f"not declared: {what}", now)]
         if message.standing and any(way.peak_bytes for way in message.ways):
             why = "a standing lease is of tenants, which can be asked back; a peak cannot"
-            return [(holder, Refused(number=message.number, error=why))]
+            return [self._refuse(waiter, why, now)]
         self._waiting.append(waiter)
         self._quiet_since = now
         absent = {
@@ -244,7 +248,10 @@ class Broker:
             taken_before_for=sorted({one for one in absent.values() if one}),
             peak_bytes=message.ways[0].peak_bytes,
         )  # fmt: skip
-        return self._serve(now)
+        orders = self._serve(now)
+        if message.free_only and waiter in self._waiting:
+            orders.append(self._refuse(waiter, "others wait for room", now))
+        return orders
 
     def _also_waits(self, holder: str, message: AlsoWaits, now: float) -> list[Order]:
         groups = [
@@ -284,7 +291,8 @@ class Broker:
             self.ledger.hold(message.tenant, holder, min(message.held_bytes, before))
             for one in self._granted.values():
                 one.arrivals.pop(message.tenant, None)
-            tenant.back_s = message.seconds
+            if message.seconds > 0:  # else it was there already
+                tenant.back_s = message.seconds
             self.counters["brought"] += 1
             self.counters["brought_bytes"] += message.held_bytes
         self._tell(
@@ -306,7 +314,8 @@ class Broker:
         self._close(granted)
         asked = granted.asked
         took_s = now - granted.since - granted.brought_s
-        self.paces.learn(asked.model, asked.phase, asked.pixels, asked.work, took_s)
+        if message.done and granted.way == "whole":
+            self.paces.learn(asked.model, asked.phase, asked.pixels, asked.work, took_s)
         self._tell(
             granted.requests, now, "released", phase=granted.phase,
             seconds=round(now - granted.since, 4),
@@ -386,6 +395,9 @@ class Broker:
             outcome = self._try(waiter, now)
             orders += outcome
             if waiter in self._waiting and not _ends(outcome):
+                for other in self._waiting:
+                    if other is not waiter and not other.why:
+                        self._note_wait(other, now)
                 break
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
@@ -443,10 +455,21 @@ class Broker:
         assert isinstance(plan, Plan)
         return index, plan
 
+    def _settling(self) -> set[str]:
+        """Tenants of leases whose engines still bring something: they stay as they were granted."""
+        return {
+            name
+            for granted in self._granted.values()
+            if granted.arrivals
+            for name in granted.lease.tenants
+        }
+
     def _state(self, waiter: _Waiter, way: Way, now: float, *, patient: bool) -> State:
-        used = self._in_use(patient=patient)
+        used, settling = self._in_use(patient=patient), self._settling()
         tenants = tuple(
-            self._as_policy_sees(name, one, name in used or now < one.alone_until)
+            self._as_policy_sees(
+                name, one, name in used, fixed=name in settling or now < one.alone_until
+            )
             for name, one in self._tenants.items()
         )
         others = (one for one in self._waiting if one is not waiter)
@@ -463,7 +486,9 @@ class Broker:
             budget_bytes=self.ledger.budget_bytes,
         )
 
-    def _as_policy_sees(self, name: str, one: _Tenant, used: bool) -> policy.Tenant:
+    def _as_policy_sees(self, name: str, one: _Tenant, used: bool, *, fixed: bool) -> policy.Tenant:
+        """used: it computes, and only what it has above its floor may go. fixed: nothing may."""
+        fixed = fixed or one.move > 0
         spec = one.spec
         held = self.ledger.held(name) - one.leaving
         place = Place.DEVICE if held else Place.HOST if spec.host_copy else Place.DISK
@@ -474,8 +499,8 @@ class Broker:
             place=place,
             held_bytes=held,
             floor_bytes=spec.floor_bytes,
-            in_use=used or one.move > 0 or self.arriving_bytes(name) > 0,
-            shrinks_in_use=used and not (one.move or self.arriving_bytes(name)),
+            in_use=used or fixed,
+            shrinks_in_use=used and not fixed,
             pinned=spec.pinned,
             priority=spec.priority,
             keep_until=one.last_used
@@ -505,7 +530,7 @@ class Broker:
         for way in waiter.asked.ways:
             state = State(
                 tenants=tuple(
-                    replace(self._as_policy_sees(name, one, used=False), in_use=False)
+                    replace(self._as_policy_sees(name, one, used=False, fixed=False), in_use=False)
                     for name, one in self._tenants.items()
                 ),
                 free_bytes=idle, host_free_bytes=1 << 62, need=way.tenants,
@@ -553,6 +578,7 @@ class Broker:
         self._granted[lease.fence] = _Granted(
             lease, waiter.asked.number, waiter.requests, waiter.asked.phase, True,
             waiter.asked.standing, now, arrivals, waiter.asked,
+            way.name,
         )  # fmt: skip
         self._used(way.tenants, now, begins=True)
         self._quiet_since = now
@@ -577,25 +603,32 @@ class Broker:
         return waiter.holder, Refused(number=waiter.asked.number, error=why)
 
     def _note_wait(self, waiter: _Waiter, now: float) -> None:
+        why = self._why(waiter)
+        if why != waiter.why:
+            waiter.why = why
+            self._tell(waiter.requests, now, "waits", why=why)
+
+    def _why(self, waiter: _Waiter) -> str:
         busy = sorted(
             f"{granted.phase} of {granted.requests[0]}"
             for granted in self._granted.values()
             if granted.busy
         )
+        before = [one for one in self._waiting if one is not waiter]
         free = self.ledger.free_bytes
-        why = f"{_gib(max(0, free))} are free; in use by {', '.join(busy) or 'nobody'}"
-        if why != waiter.why:
-            waiter.why = why
-            self._tell(waiter.requests, now, "waits", why=why)
+        return f"{_gib(max(0, free))} are free; in use by {', '.join(busy) or 'nobody'}" + (
+            f"; {len(before)} others wait" if before else ""
+        )
 
     def _grow(self, now: float) -> list[Order]:
         """Give a pool back what was taken from it, where nobody else wants it."""
+        settling = self._settling()
         for name, one in self._tenants.items():
             held = self.ledger.held(name)
             missing = one.spec.size_bytes - held
             if (
                 one.move
-                or self.arriving_bytes(name)
+                or name in settling
                 or not one.spec.floor_bytes <= held < one.spec.size_bytes
             ):
                 continue
@@ -652,6 +685,14 @@ class Broker:
             for one in self._waiting
         ]  # fmt: skip
 
+    def playable(self) -> Broker:
+        """A copy to play with; without the stories, which are long."""
+        stories, self._stories = self._stories, OrderedDict()
+        try:
+            return deepcopy(self)
+        finally:
+            self._stories = stories
+
     def knows(self, holder: str) -> bool:
         return holder in self._epochs
 
@@ -682,6 +723,7 @@ class Broker:
         self._moves.clear()
         for tenant in self._tenants.values():
             tenant.move = 0
+            tenant.alone_until = float("-inf")
         for granted in list(self._granted.values()):
             granted.busy = False
             granted.arrivals.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 
 import msgspec
 
@@ -37,9 +36,9 @@ def dry_run(
     holder: the engine that would ask. tenants: of the job's model, for an engine that has not
     loaded it. Ends with the first phase that is refused.
     """
-    copy = deepcopy(broker)
+    copy = broker.playable()
     if not copy.knows(holder):
-        copy.join(holder, 0)
+        copy.join(holder, None)
     copy.finish_all(now)
     epoch = copy.epoch(holder)
     missing = [spec for spec in tenants if not copy.has(spec.id)]
@@ -61,7 +60,6 @@ def dry_run(
 
 def _play(broker: Broker, holder: str, asked: Acquire, now: float) -> PhasePlan:
     """Ask, have everybody do at once what they are told, and give the lease back."""
-    before = broker.ledger
     moves: list[dict[str, object]] = []
     orders = broker.take(holder, asked, now)
     while True:
@@ -83,15 +81,19 @@ def _play(broker: Broker, holder: str, asked: Acquire, now: float) -> PhasePlan:
                     )  # fmt: skip
                     following += broker.take(who, done, now)
                 case Refused() if order.number == asked.number:
-                    return PhasePlan(
-                        name=asked.phase, way=asked.ways[0].name, exactness="",
-                        peak_bytes=asked.ways[0].peak_bytes, free_bytes=before.free_bytes,
-                        refused=order.error, moves=tuple(moves),
-                    )  # fmt: skip
+                    return _refused(broker, asked, order.error, moves)
                 case Granted() if order.number == asked.number:
                     return _granted(broker, holder, asked, order, moves, now)
-        assert following, "nobody answers: the copy waits for something that runs"
+        if not following:
+            return _refused(broker, asked, "it would wait, and nothing says for how long", moves)
         orders = following
+
+
+def _refused(broker: Broker, asked: Acquire, why: str, moves: list[dict[str, object]]) -> PhasePlan:
+    return PhasePlan(
+        name=asked.phase, way=asked.ways[0].name, exactness="", refused=why, moves=tuple(moves),
+        peak_bytes=asked.ways[0].peak_bytes, free_bytes=broker.ledger.free_bytes,
+    )  # fmt: skip
 
 
 def _granted(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.catalog import ModelSpec
-from worker.protocol.messages import PhaseWays, TenantSpec
+from worker.protocol.messages import PhaseWays, RenderParams, TenantSpec
 from worker.vram.peak import Question
 from worker.vram.phases import (
     BLOCK_TOKENS,
@@ -80,6 +80,45 @@ def kv_block_bytes(config: Mapping[str, Any], dtype: str) -> int:
     return per_token * int(config.get("num_key_value_heads") or heads) * BLOCK_TOKENS
 
 
+def shape_of(params: RenderParams) -> Shape:
+    """Of one image or video of a job."""
+    return Shape(params.width, params.height, params.frames, guided=params.guided)
+
+
+def phase_ways(
+    spec: ModelSpec,
+    phase: Phase,
+    parts: Mapping[str, PartBytes],
+    peaks: Peaks,
+    shape: Shape,
+    *,
+    steps: int,
+    images: int,
+    exactness: str,
+) -> PhaseWays:
+    """The ways of one phase of a job, as its engine asks for it and as it is planned."""
+    texts = 2 if shape.guided else 1
+    passes = {  # of the largest part
+        "encode": texts,
+        "denoise": images * steps * (texts if spec.kind == "wan" else 1),
+        "decode": images,
+    }[phase.name]
+    tiled = phase.name == "decode" and exactness != "bit"
+    return PhaseWays(
+        name=phase.name,
+        ways=ways(
+            spec.id,
+            {part: parts[part] for part in phase.parts},
+            peaks.of_phase(phase),
+            passes=passes,
+            tiled_bytes=peaks.of_phase(phase, tiled=True) if tiled else None,
+        ),
+        model=spec.id,
+        pixels=shape.pixels,
+        work=passes,
+    )
+
+
 class Sizer:
     """Sizes of models and jobs. What is not known yet is measured, which takes seconds."""
 
@@ -121,35 +160,17 @@ class Sizer:
         )  # fmt: skip
 
     def media_phases(
-        self, spec: ModelSpec, shape: Shape, *, steps: int, exactness: str
+        self, spec: ModelSpec, shape: Shape, *, steps: int, images: int, exactness: str
     ) -> tuple[PhaseWays, ...]:
         """Raises as `chat`. exactness: the least that will do."""
         parts = self._parts(spec)
-        texts = 2 if shape.guided else 1
-        passes = {  # of the largest part
-            "encode": texts,
-            "denoise": steps if spec.kind == "sdxl" else steps * texts,
-            "decode": 1,
-        }
-        made = []
-        for phase in self._phases(spec, shape):
-            tiled = phase.name == "decode" and exactness != "bit"
-            made.append(
-                PhaseWays(
-                    name=phase.name,
-                    ways=ways(
-                        spec.id,
-                        {part: parts[part] for part in phase.parts},
-                        self._peaks.of_phase(phase),
-                        passes=passes[phase.name],
-                        tiled_bytes=self._peaks.of_phase(phase, tiled=True) if tiled else None,
-                    ),
-                    model=spec.id,
-                    pixels=shape.pixels,
-                    work=passes[phase.name],
-                )
+        return tuple(
+            phase_ways(
+                spec, phase, parts, self._peaks, shape,
+                steps=steps, images=images, exactness=exactness,
             )
-        return tuple(made)
+            for phase in self._phases(spec, shape)
+        )  # fmt: skip
 
     def configs(self, spec: ModelSpec) -> Configs:
         """Raises ModelUnavailable."""

@@ -26,6 +26,7 @@ from worker.vram.peak import Peak, Question
 from worker.vram.phases import Phase
 
 MEASURE_TIMEOUT_S = 600.0
+KEPT_ANSWERS = 5000  # some 2 MB; of more, the oldest go
 PARTS = {
     "chat": ("weights",),
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
@@ -108,7 +109,7 @@ class Peaks:
         missing = {key: one for key, one in asked.items() if key not in self._known}
         if missing:
             self._known |= zip(missing, self._measure([*missing.values()]), strict=True)
-            known = self._read() | self._known
+            known = dict([*(self._read() | self._known).items()][-KEPT_ANSWERS:])
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_suffix(f".{os.getpid()}.partial")
             partial.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1))

@@ -51,7 +51,7 @@ from worker.protocol.messages import (
     failed,
 )
 from worker.protocol.transport import Peer
-from worker.vram.planner import WEIGHTS, ChatBytes, Sizer
+from worker.vram.planner import KV, WEIGHTS, ChatBytes, Sizer
 from worker.vram.sizes import Peaks
 
 log = logging.getLogger(__name__)
@@ -204,30 +204,45 @@ class ChatEngine:
                 "first_end_ms": round(expected.first_end_s * 1000),
                 "begin_ms": round(expected.begin_s * 1000),
                 "models_compiled": sum(model.forward.compiled for model in models),
-                "device_bytes_held": sum(
-                    lane.sizes.weights + lane.sizes.pass_peak + self._models.get(name).pool_bytes
-                    for name, lane in self._lanes.items()
-                    if lane.here and name in self._models
-                ),
+                **self._on_device(),
             },
         )
+
+    def _on_device(self) -> dict[str, int]:
+        """Bytes that are held, and those of them that are reserved for passes and lie idle."""
+        held = reserved = 0
+        for name, lane in self._lanes.items():
+            if lane.is_declared:
+                held += self.held_bytes(lane.weights) + self.held_bytes(lane.kv)
+                if name in self._models and self._models.get(name).pool.count:
+                    reserved += lane.sizes.pass_peak
+        return {"device_bytes_held": held, "device_bytes_reserved": reserved}
 
     def give_back(self, order: Yield) -> int | None:
         """What the broker asks for: bytes of a pool, or of a model on which nothing runs."""
         model_id, part = order.tenant.rsplit(".", 1)
         lane = self._lanes[model_id]
-        if not lane.here:
-            # Weights may lie there without a pool, or a pool without a lease.
-            return self._take_away(lane, part)
+        if lane.granted or model_id not in self._models:  # it is being brought, or is not there
+            return self.held_bytes(order.tenant)
         model = self._models.get(model_id)
         if order.kind in ("shrink", "grow"):
-            return self._resize(lane, model, order.held_bytes)
-        if any(model.scheduler):
-            if order.wait:
-                lane.leaving = True
-                return None
-            return self._held(lane, model, part)
-        return self._take_away(lane, part)
+            self._resize(lane, model, order)
+        elif not any(model.scheduler):
+            self._take_away(lane, part)
+        elif order.wait:
+            lane.leaving = True
+            return None
+        return self.held_bytes(order.tenant)
+
+    def held_bytes(self, tenant: str) -> int:
+        """What is there now, by the model itself."""
+        model_id, part = tenant.rsplit(".", 1)
+        if model_id not in self._models:
+            return 0
+        model, sizes = self._models.get(model_id), self._lanes[model_id].sizes
+        if part == WEIGHTS:
+            return sizes.weights if model.on_device else 0
+        return model.pool_bytes + sizes.pass_peak if model.pool.count else 0
 
     # --- where models are ------------------------------------------------------------------------
 
@@ -252,7 +267,7 @@ class ChatEngine:
             return True
         if lane.leaving:
             return False
-        if self._models.coming is not None and not lane.wanted:
+        if self._models.coming is not None and not lane.is_declared:
             return False  # to find its sizes a model is built, and only one may be at a time
         lane.want(request_id)
         if lane.granted:
@@ -271,53 +286,55 @@ class ChatEngine:
                 lane.loading_since = lane.loading_since or began
                 return
             model.wake()
-            seconds = self._clock() - (lane.loading_since or began)
-            lane.loading_since = None
+            woken = self._clock()
             had_a_pool = model.pool.count > 0
             model.resize(lane.pool_bytes())
+            resized = self._clock()
             if not had_a_pool:
                 model.pin(self._pinned, deterministic=self._pinned_deterministic)
         except Exception as exc:
             lane.loading_since = None
-            self._models.drop(model_id)
-            lane.failed()
+            if not isinstance(exc, torch.OutOfMemoryError):  # else its copy in host memory is good
+                self._models.drop(model_id)
             if isinstance(exc, ModelUnavailable):
                 self._models.broken(model_id, str(exc))
+            lane.failed()
+            for tenant in (lane.weights, lane.kv):  # also of what was there before
+                self._leases.gave(tenant, self.held_bytes(tenant))
             raise
-        lane.arrived(model.pool_bytes, now=self._clock(), brought_s=None if there else seconds)
+        weights_s = 0.0 if there else woken - (lane.loading_since or began)
+        lane.loading_since = None
+        lane.arrived(model.pool_bytes, now=resized, weights_s=weights_s, pool_s=resized - woken)
 
-    def _take_away(self, lane: Lane, part: str) -> int:
-        """A tenant leaves the device; without it the other one is of no use for a while."""
-        model_id = lane.spec.id
-        if model_id not in self._models:
-            lane.left()
-            return 0
-        model = self._models.get(model_id)
-        if part == WEIGHTS and model.can_park:
-            model.park()
-        elif part == WEIGHTS:
-            self._models.drop(model_id)
-            lane.gone(lane.kv)
-        else:
+    def _take_away(self, lane: Lane, part: str) -> None:
+        """A tenant leaves the device. Nothing runs on the model."""
+        model = self._models.get(lane.spec.id)
+        if part == KV:
             model.resize(0)
+        elif model.can_park:
+            model.park()
+        else:
+            self._models.drop(lane.spec.id)
+            self._leases.gave(lane.kv, 0)  # the pool went with the object
         lane.left()
-        return 0
 
-    def _resize(self, lane: Lane, model: LanguageModel, held_bytes: int) -> int:
+    def _resize(self, lane: Lane, model: LanguageModel, order: Yield) -> None:
         """Another size for a pool; at least what the longest of its sequences may need."""
-        model.resize(max(held_bytes - lane.sizes.pass_peak, model.needed_pool_bytes))
-        return model.pool_bytes + lane.sizes.pass_peak
-
-    def _held(self, lane: Lane, model: LanguageModel, part: str) -> int:
-        if part == WEIGHTS:
-            return lane.sizes.weights
-        return model.pool_bytes + lane.sizes.pass_peak
+        wanted = max(order.held_bytes - lane.sizes.pass_peak, model.needed_pool_bytes)
+        if order.kind == "shrink":
+            model.resize(min(model.pool_bytes, wanted))
+            return
+        model.resize(wanted)
+        if not any(model.scheduler):  # what was pinned may have gone, or had no room before
+            model.pin(self._pinned, deterministic=self._pinned_deterministic)
 
     def _unloaded(self, model_id: str) -> None:
         """By hand: the memory goes back, and the lease with it."""
         lane = self._lanes[model_id]
-        if lane.here:
-            lane.gone(lane.weights, lane.kv)
+        lane.left()
+        if lane.is_declared:
+            for tenant in (lane.weights, lane.kv):
+                self._leases.gave(tenant, 0)
 
     def _give_up_unwanted_lanes(self) -> None:
         wanted = {waiting.message.model for waiting in self._arrived}  # type: ignore[attr-defined]
@@ -574,7 +591,9 @@ class ChatEngine:
         if lane.leaving:
             for part in (lane.weights, lane.kv):
                 if self._leases.is_wanted(part) is not None:
-                    self._leases.gave(part, self._take_away(lane, part.rsplit(".", 1)[1]))
+                    if lane.spec.id in self._models:
+                        self._take_away(lane, part.rsplit(".", 1)[1])
+                    self._leases.gave(part, self.held_bytes(part))
 
     def _expected(self) -> Forecast:
         """Of all models together: as exact as the places of the fullest one allow."""

@@ -51,6 +51,11 @@ class Lane:
         return tenant_id(self.spec.id, KV)
 
     @property
+    def is_declared(self) -> bool:
+        """Its sizes are known, to the broker as well."""
+        return self._sizes is not None
+
+    @property
     def sizes(self) -> ChatBytes:
         assert self._sizes is not None, "it has not been asked for"
         return self._sizes
@@ -92,13 +97,13 @@ class Lane:
         assert self._question is not None and self._question.granted is not None
         return self._question.granted.held_bytes[self.kv] - self.sizes.pass_peak
 
-    def arrived(self, pool_bytes: int, *, now: float, brought_s: float | None) -> None:
-        """It is on the device. brought_s: that the weights took; None where they were there."""
+    def arrived(self, pool_bytes: int, *, now: float, weights_s: float, pool_s: float) -> None:
+        """It is on the device. weights_s, pool_s: that bringing took; 0 where it was there."""
         assert self._question is not None
         self.here, self.here_since = True, now
-        if brought_s is not None:
-            self._leases.brought(self._question, self.weights, self.sizes.weights, brought_s)
-        self._leases.brought(self._question, self.kv, pool_bytes + self.sizes.pass_peak, 0.0)
+        self._leases.brought(self._question, self.weights, self.sizes.weights, weights_s)
+        held = pool_bytes + self.sizes.pass_peak
+        self._leases.brought(self._question, self.kv, held, pool_s)
         self.use(busy=False)  # until a request begins
 
     def failed(self) -> None:
@@ -106,18 +111,12 @@ class Lane:
         assert self._question is not None
         for tenant in (self.weights, self.kv):
             self._leases.brought(self._question, tenant, 0, 0.0)
-        self._leases.release(self._question)
+        self._leases.release(self._question, done=False)
         self._question = None
 
     def use(self, *, busy: bool, keep_alive_s: float | None = None) -> None:
         assert self._question is not None
         self._leases.use(self._question, busy=busy, keep_alive_s=keep_alive_s)
-
-    def gone(self, *tenants: str) -> None:
-        """These tenants have left the device without an order to each of them."""
-        for tenant in tenants:
-            self._leases.gave(tenant, 0)
-        self.left()
 
     def left(self) -> None:
         """The lease has ended, because one of its tenants is gone."""

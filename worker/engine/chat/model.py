@@ -197,8 +197,8 @@ class LanguageModel:
 
     @property
     def needed_pool_bytes(self) -> int:
-        """That the longest of its sequences may take."""
-        return max((one.most_blocks for one in self.scheduler), default=0) * self._block_bytes
+        """That the longest of the sequences that have begun may take."""
+        return self.scheduler.most_blocks_begun * self._block_bytes
 
     def resize(self, pool_bytes: int) -> None:
         """Another size for the pool. Sequences that do not fit are parked, and come back."""
@@ -220,6 +220,9 @@ class LanguageModel:
                     f"[chat] pinned_system_prompts: number {number} has {len(ids)} tokens, and "
                     f"there is room for {self.context_tokens}"
                 )
+            if sequence.most_blocks > self.pool.count:
+                log.info("system prompt %d is not pinned while the pool is shrunk", number)
+                continue
             self.scheduler.add(sequence)
             while sequence.computed < len(ids):
                 pieces = self.scheduler.plan().pieces

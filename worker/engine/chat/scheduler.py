@@ -106,6 +106,12 @@ class Scheduler:
     def parked(self) -> int:
         return len(self._parked)
 
+    @property
+    def most_blocks_begun(self) -> int:
+        """That the longest of the sequences that have begun may take."""
+        begun = (*self._running, *self._parked)
+        return max((sequence.most_blocks for sequence in begun), default=0)
+
     def __iter__(self) -> Iterator[TokenSequence]:
         return iter([*self._running, *self._parked, *self._waiting])
 
@@ -163,8 +169,7 @@ class Scheduler:
 
         Raises ValueError when one that has begun can need more than `count`.
         """
-        begun = [*self._running, *self._parked]
-        most = max((sequence.most_blocks for sequence in begun), default=0)
+        most = self.most_blocks_begun
         if most > count:
             raise ValueError(f"a sequence can need {most} blocks, more than {count}")
         parked = []
@@ -217,8 +222,10 @@ class Scheduler:
         """
         if not self._waiting or self._parked or len(self._running) >= self._max_running:
             return False
-        sequence = self._waiting[0]
-        if sequence.most_blocks > self.pool.count:
+        # One that a shrunk pool does not hold waits until it has grown; later ones go on.
+        fitting = (one for one in self._waiting if one.most_blocks <= self.pool.count)
+        sequence = next(fitting, None)
+        if sequence is None:
             return False
         names = sequence.prompt_names
         shared = self.pool.find(names)
@@ -236,7 +243,7 @@ class Scheduler:
         uncached = self.pool.available - sum(self.pool.is_cached(block) for block in shared)
         if uncached < needed + len(self._running):
             return False
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         self.pool.share(shared)
         sequence.blocks = [*shared, *self.pool.take(needed)]
         sequence.names = names[: len(shared)]

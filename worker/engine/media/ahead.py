@@ -61,11 +61,15 @@ class Ahead:
                         pass
                 except torch.OutOfMemoryError as exc:  # it comes with its phase, or not at all
                     log.warning("%s could not come ahead: %s", ", ".join(wanted.names), exc)
-                self._leases.release(question)
+                finally:
+                    self._leases.release(question)
             return
         while self._wanted:
             wanted = self._wanted.pop(0)
-            if not all(wanted.parts[name].is_whole for name in wanted.names):
+            parts = [wanted.parts[name] for name in wanted.names]
+            if any(part.is_streamed for part in parts):
+                continue
+            if not all(part.is_whole for part in parts):
                 tenants = tuple(tenant_id(wanted.parts.model, name) for name in wanted.names)
                 way = Way(name="whole", tenants=tenants, peak_bytes=0)
                 question = self._leases.ask(wanted.request_id, "ahead", [way], free_only=True)

@@ -86,6 +86,8 @@ class EmbeddingCache:
             self._held.popitem(last=False)
 
     def _trim(self) -> None:
+        for left_over in self._folder.glob("*.partial"):  # of a process that was killed
+            left_over.unlink(missing_ok=True)
         files = [(path.stat(), path) for path in self._folder.glob("*.safetensors")]
         left = sum(info.st_size for info, _ in files)
         for info, path in sorted(files, key=lambda one: one[0].st_mtime):
@@ -93,6 +95,16 @@ class EmbeddingCache:
                 return
             path.unlink(missing_ok=True)
             left -= info.st_size
+
+
+def computed_on(device: torch.device) -> dict[str, object]:
+    """What of the device decides how sums are rounded."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {
+        "device": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def embedding_key(**decides: object) -> str:

@@ -41,8 +41,9 @@ from worker.protocol.messages import (
     failed,
 )
 from worker.receipt import text_sha256
+from worker.vram.planner import phase_ways, shape_of
 from worker.vram.sizes import Peaks
-from worker.vram.ways import EXACTNESS, ways
+from worker.vram.ways import EXACTNESS
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class MediaEngine:
                 "embeddings_computed": self._embeddings.misses,
             },
             gauges={
-                "device_bytes_held": sum(one.parts.held_bytes for one in self._models.loaded()),
+                "device_bytes_held": sum(one.parts.all_held_bytes for one in self._models.loaded()),
             },
         )
 
@@ -137,7 +138,6 @@ class MediaEngine:
 
     def _do(self, ticket: Ticket, message: Message) -> None:
         self._running, self._cancelled = ticket, False
-        self._ahead.forget()
         self._outbox.publish(self.report())
         match message:
             case RenderJob():
@@ -169,13 +169,22 @@ class MediaEngine:
                 lambda: model.encode(job.params, self._embeddings),
             )  # fmt: skip
         self._look_ahead(model, job)
-        latents = self._phase(
-            "denoise", model, job, track, taken, lambda: self._denoise(model, job, texts, track)
-        )
-        made = self._phase(
-            "decode", model, job, track, taken,
-            lambda: [model.decode(latents.pop(0)) for _ in range(len(latents))],
-        )  # fmt: skip
+        try:
+            latents = self._phase(
+                "denoise", model, job, track, taken,
+                lambda: self._denoise(model, job, texts, track),
+            )  # fmt: skip
+        finally:
+            # Between no steps nobody brings it, and until then its bytes are kept from others.
+            self._ahead.forget()
+        made: list[Any] = []
+
+        def decode() -> None:
+            while latents:  # what is decoded stays so where a later one runs out of memory
+                made.append(model.decode(latents[0]))
+                del latents[0]
+
+        self._phase("decode", model, job, track, taken, decode)
         track.phase("save")
         assets = self._save(job, made)
         track.end()
@@ -203,21 +212,17 @@ class MediaEngine:
         taken: gets what was done. Raises OutOfDeviceMemory and what `work` raises.
         """
         phase = model.phases(job.params)[name]
-        tiled = "vae" in phase.parts and name == "decode" and job.exactness != "bit"
-        passes = model.passes(job.params)[name]
-        left = ways(
-            job.model,
-            {part: model.parts[part].bytes for part in phase.parts},
-            self._peaks.of_phase(phase),
-            passes=passes,
-            tiled_bytes=self._peaks.of_phase(phase, tiled=True) if tiled else None,
-        )
+        asked = phase_ways(
+            self._models.spec(job.model), phase, model.parts.sizes(), self._peaks,
+            shape_of(job.params), steps=job.params.steps, images=job.params.num_images,
+            exactness=job.exactness,
+        )  # fmt: skip
+        left = asked.ways
         for climbs in range(MAX_CLIMBS + 1):
             with self._leases.phase(
                 job.request_id, name, left, lambda: self._wait(track), priority=job.priority,
                 keep_alive_s=job.keep_alive_s,
-                model=job.model, work=passes * (job.params.num_images if name != "encode" else 1),
-                pixels=job.params.width * job.params.height * job.params.frames,
+                model=asked.model, work=asked.work, pixels=asked.pixels,
             ) as lease:  # fmt: skip
                 track.phase(name)
                 way = lease.way
@@ -230,6 +235,7 @@ class MediaEngine:
                     )
                     return result
                 except torch.OutOfMemoryError as exc:
+                    lease.failed = True
                     log.warning("%s (%s) ran out of device memory: %s", name, way.name, exc)
             # Here, outside of the except: its traceback would keep the tensors alive.
             release_cache(self._device)
@@ -237,8 +243,8 @@ class MediaEngine:
             if not left:
                 break
         raise OutOfDeviceMemory(
-            f"the device ran out of memory in {name}, in every way that keeps the result exact: "
-            f"{phase.name} of {job.params.width}x{job.params.height}; a smaller size would do",
+            f"the device ran out of memory in {name}, in every way that {job.exactness} allows, "
+            f"with {job.params.width}x{job.params.height}; a smaller size would do",
             retry_after_s=5,
         )
 

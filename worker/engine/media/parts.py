@@ -29,6 +29,7 @@ class Part:
     def __init__(self, name: str, module: nn.Module, device: torch.device):
         self.name = name
         self.module = module
+        self.is_streamed = False
         blocks = blocks_of(module)
         self._blocks = [
             (block, Parked(block, device, name=f"{name}, block {number}"))
@@ -76,6 +77,7 @@ class Part:
         """Within it the module computes with each block on the device for its own time only. The
         arithmetic is the same, and so is every bit."""
         handles = []
+        self.is_streamed = True
         try:
             self._rest.wake()
             for block, one in self._blocks:
@@ -88,6 +90,7 @@ class Part:
             for handle in handles:
                 handle.remove()
             self.park()
+            self.is_streamed = False
 
 
 class Parts:
@@ -118,7 +121,7 @@ class Parts:
         )  # fmt: skip
 
     @property
-    def held_bytes(self) -> int:
+    def all_held_bytes(self) -> int:
         """On the device now."""
         return sum(part.held_bytes for part in self._parts.values())
 
@@ -131,8 +134,17 @@ class Parts:
     def give_back(self, order: Yield) -> int:
         """Nothing of it computes: the broker takes no tenant of a lease that is in use."""
         part = self._parts[order.tenant]
-        part.park()
-        return part.held_bytes
+        if not part.is_streamed:  # else it has nothing of the tenant's
+            part.park()
+        return self.held_bytes(order.tenant)
+
+    def held_bytes(self, tenant: str) -> int:
+        part = self._parts[tenant]
+        return 0 if part.is_streamed else part.held_bytes
+
+    def sizes(self) -> dict[str, PartBytes]:
+        """Of every part, by its name in the model."""
+        return {part.name: part.bytes for part in self._parts.values()}
 
     def close(self) -> None:
         """All of it goes from the device, and from the ledger."""
@@ -150,7 +162,9 @@ class Parts:
                 if tenant in lease.way.tenants:
                     self._bring(lease, tenant, part)
                 else:
-                    part.park()  # what the ledger has not granted is not there
+                    if part.held_bytes:  # what the ledger has not granted is not there
+                        part.park()
+                        self._leases.gave(tenant, 0)
                     stack.enter_context(part.streaming())
             if lease.way.name == "tiled":
                 vae: Any = self["vae"].module

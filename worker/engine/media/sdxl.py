@@ -1,7 +1,8 @@
 """SDXL text-to-image through diffusers' own pipeline, in three phases: encode, denoise, decode.
 
 Each phase computes with other parts of the model, so each of them can be on the device alone. The
-picture is the one of the pipeline's own single call, to the bit (tests/integration/test_media_phases.py).
+picture is the one of the pipeline's own single call, to the bit
+(tests/integration/test_media_phases.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from PIL import Image
 from worker.catalog import ModelSpec
 from worker.engine.leases import Leases
 from worker.engine.media.components import component_hashes, tokenizer_hashes
-from worker.engine.media.embeddings import EmbeddingCache, Tensors, embedding_key
+from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on, embedding_key
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_sdxl
 from worker.errors import ModelUnavailable, PromptTooLong
 from worker.modelfiles import require_files, weight_bytes
 from worker.protocol.messages import RenderParams
-from worker.vram.phases import Phase, Shape, image_phases
+from worker.vram.phases import Phase, image_phases
+from worker.vram.planner import shape_of
 
 # Called after denoise step `step` (from 1); may raise to end the render.
 OnStep = Callable[[int], None]
@@ -99,17 +101,12 @@ class Sdxl:
 
     def phases(self, params: RenderParams) -> dict[str, Phase]:
         """What one picture takes, by the phase's name."""
-        guided = params.guidance_scale > 1
-        shape = Shape(params.width, params.height, guided=guided)
-        return {one.name: one for one in image_phases(self._configs, self._spec.dtype, shape)}
+        made = image_phases(self._configs, self._spec.dtype, shape_of(params))
+        return {one.name: one for one in made}
 
     def parts_in_order(self) -> tuple[tuple[str, ...], ...]:
         """Parts as the phases of a job need them."""
         return PARTS[:2], PARTS[2:3]
-
-    def passes(self, params: RenderParams) -> dict[str, int]:
-        """How often the largest part of each phase computes."""
-        return {"encode": 2, "denoise": params.steps, "decode": 1}
 
     def known_texts(self, params: RenderParams, cache: EmbeddingCache) -> Tensors | None:
         """What the text encoders would make of these texts, if it is known."""
@@ -182,10 +179,11 @@ class Sdxl:
         guided = params.guidance_scale > 1
         return embedding_key(
             encoders={k: v for k, v in self.components.items() if k != "unet" and k != "vae"},
+            configs={part: self._configs[part] for part in PARTS[:2]},
+            zeros_when_empty=self._pipeline.config.force_zeros_for_empty_prompt,
             tokenizers=self._tokenizers,
             dtype=self._spec.dtype,
-            device=self._device.type,
-            threads=torch.get_num_threads() if self._device.type == "cpu" else None,
+            **computed_on(self._device),
             texts=[params.prompt, params.negative_prompt if guided else None],
             guided=guided,
         )

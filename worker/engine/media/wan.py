@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from worker.catalog import ModelSpec
 from worker.engine.leases import Leases
 from worker.engine.media.components import component_hashes
-from worker.engine.media.embeddings import EmbeddingCache, Tensors, embedding_key
+from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on, embedding_key
 from worker.engine.media.files import Frames
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
@@ -26,7 +26,8 @@ from worker.engine.media.sdxl import OnStep
 from worker.errors import ModelUnavailable, PromptTooLong
 from worker.modelfiles import file_sha256, require_files, weight_bytes
 from worker.protocol.messages import RenderParams
-from worker.vram.phases import Phase, Shape, video_phases
+from worker.vram.phases import Phase, video_phases
+from worker.vram.planner import shape_of
 
 # Positions of the text encoder that WAN 2.1 was trained with (text_len of its own config).
 TEXT_TOKENS = 512
@@ -111,17 +112,12 @@ class Wan:
 
     def phases(self, params: RenderParams) -> dict[str, Phase]:
         """What one video takes, by the phase's name."""
-        shape = Shape(params.width, params.height, params.frames, guided=params.guidance_scale > 1)
-        return {one.name: one for one in video_phases(self._configs, self._spec.dtype, shape)}
+        made = video_phases(self._configs, self._spec.dtype, shape_of(params))
+        return {one.name: one for one in made}
 
     def parts_in_order(self) -> tuple[tuple[str, ...], ...]:
         """Parts as the phases of a job need them; the text encoder is too large to come early."""
         return (PARTS[1:2],)
-
-    def passes(self, params: RenderParams) -> dict[str, int]:
-        """How often the largest part of each phase computes."""
-        texts = 2 if params.guidance_scale > 1 else 1
-        return {"encode": texts, "denoise": texts * params.steps, "decode": 1}
 
     def known_texts(self, params: RenderParams, cache: EmbeddingCache) -> Tensors | None:
         """What the text encoder would make of these texts, if it is known of all of them."""
@@ -197,8 +193,9 @@ class Wan:
             encoder=self.components.get("text_encoder"),
             tokenizer=self._tokenizer_sha256,
             dtype=[self._spec.dtype, str(self._pipeline.transformer.dtype)],
-            device=self._device.type,
-            threads=torch.get_num_threads() if self._device.type == "cpu" else None,
+            config=self._configs["text_encoder"],
+            pad_id=self._pad_id,
+            **computed_on(self._device),
             text=text,
         )
 
