@@ -54,7 +54,7 @@ class Parked:
     `.to(dtype)` while it is awake lasts until it is parked, as does anything written to weights.
 
     Nothing has to be called at the end: the buffers are given back with the last tensor on them.
-    Engine thread only.
+    Built on any thread; then the engine thread only.
     """
 
     def __init__(

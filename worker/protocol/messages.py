@@ -364,7 +364,6 @@ class Granted(Message, frozen=True, kw_only=True):
 class Refused(Message, frozen=True, kw_only=True):
     number: int
     error: str
-    retry_after_s: float | None = None
 
 
 class Brought(Message, frozen=True, kw_only=True):
