@@ -30,7 +30,7 @@ from worker.engine.leases import Leases, Question
 from worker.protocol.messages import Granted, Hello, Message, Refused, TenantSpec, Way, Yield
 from worker.vram.broker import Broker, Order
 
-EXAMPLES = int(os.environ.get("VERBATIM_EXAMPLES", "600"))
+EXAMPLES = int(os.environ.get("VERBATIM_EXAMPLES", "300"))
 STEPS = 60
 BUDGET = 100  # bytes
 PROCESS = 3  # bytes that a process takes for itself
