@@ -24,6 +24,10 @@ from worker.protocol.transport import socket_path
 from worker.vram.sizes import Peaks
 
 NICE = 5
+# Seconds after which a thread that loads or compiles a model gives Python's lock to one that waits
+# for it. A pass takes the lock again after each of its hundreds of operations; with Python's own
+# 5 ms a pass beside a load took a hundred times as long.
+SWITCH_S = 0.0001
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ def main() -> int:
     die_with_any_thread()
     # Where both compute on the CPU, what answers at once goes before what takes its time.
     os.nice(NICE)
+    sys.setswitchinterval(SWITCH_S)
     try:
         settings = load_settings(args.profile, os.environ)
         host = EngineHost(socket_path(settings.state_dir, name), name)

@@ -8,6 +8,8 @@ Owning all of it in one object of one thread keeps the first true; the second is
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Of a model's weights, that loading it takes of host memory at the most: they are read one by one.
 LOADING_FACTOR = 1.1
+LOADING_NICE = 10  # of the thread that loads; more than the engine's own
 
 
 class Loaded(Protocol):
@@ -57,6 +60,9 @@ class _Coming:
         self.error: Exception | None = None
 
     def run(self, load: Callable[[], Any], wake: Callable[[], None]) -> None:
+        # Behind the passes of the models that are there, where they compute on the same processor.
+        if sys.platform == "linux":  # elsewhere a priority is the whole process's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
         try:
             self.model = load()
         except Exception as exc:  # for the engine thread, which raises it

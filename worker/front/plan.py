@@ -76,8 +76,8 @@ class PlanService:
             raise EngineUnavailable("the orchestrator does not answer", retry_after_s=2)
         if not answer.found:
             raise NotFound(
-                "nothing is known of this request's memory: it never asked for any, or it was "
-                "more than 1000 requests ago"
+                "nothing is known of this request: what it needed was there already, or it "
+                "was more than 1000 requests ago"
             )
         return {"request_id": about, "events": list(answer.events)}
 

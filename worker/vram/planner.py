@@ -114,7 +114,7 @@ def phase_ways(
             tiled_bytes=peaks.of_phase(phase, tiled=True) if tiled else None,
         ),
         model=spec.id,
-        pixels=shape.pixels,
+        pixels=1 if phase.name == "encode" else shape.pixels,  # a text has no size
         work=passes,
     )
 

@@ -20,6 +20,7 @@ import torch
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
 from worker.engine.chat.forecast import Forecast, Pace, Work, forecast
+from worker.engine.chat.forward import Forward
 from worker.engine.chat.lane import Lane
 from worker.engine.chat.model import LanguageModel, PromptReader
 from worker.engine.chat.request import Request
@@ -58,6 +59,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FORECAST_EVERY_S = 0.1
+COMPILE_AFTER_S = 20.0  # that a model has been here
 # Totals of the engine's report. sequences_in_passes / passes is the mean batch;
 # prompt_tokens_cached / prompt_tokens the share that the prefix cache saved.
 COUNTERS = (
@@ -122,6 +124,8 @@ class ChatEngine:
             wake=outbox.wake,
         )  # fmt: skip
         self._preload = deque(preload)
+        self._of_the_start = frozenset(preload)
+        self._compiling: Forward | None = None
         self._sizer = Sizer(peaks, device.type, kv_bytes=kv_bytes, max_running=max_running)
         self._lanes = {
             spec.id: Lane(
@@ -611,10 +615,22 @@ class ChatEngine:
         return self._forecast
 
     def _compile_what_is_loaded(self) -> None:
+        """One model at a time: those of the start first, another once it has been here a while,
+        because compiling takes a core for seconds and the model may leave again."""
         # On a card the time goes into the kernels' launches, which CUDA graphs save.
-        if self._compiles and self._device.type == "cpu":
-            for model in self._models.loaded():
-                model.forward.compile_in_background(self._state_dir / "compiled")
+        if not self._compiles or self._device.type != "cpu" or self._preload:
+            return
+        if self._compiling is not None and self._compiling.is_compiling:
+            return
+        now = self._clock()
+        for name, lane in self._lanes.items():
+            stays = name in self._of_the_start or now - lane.here_since >= COMPILE_AFTER_S
+            if lane.here and stays:
+                forward = self._models.get(name).forward
+                forward.compile_in_background(self._state_dir / "compiled")
+                if forward.is_compiling:
+                    self._compiling = forward
+                    return
 
     def _render(self, message: Render) -> Rendered:
         reader = self._reader(message.model)

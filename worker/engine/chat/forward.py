@@ -47,6 +47,10 @@ class Forward:
     def compiled(self) -> bool:
         return self._compiled is not None
 
+    @property
+    def is_compiling(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def __call__(self, paged: PagedPass, *, compiled: bool = True) -> torch.Tensor:
         """Logits (places that are kept, vocabulary). compiled: False never takes compiled code, so
         that the bits do not depend on whether it is ready."""
