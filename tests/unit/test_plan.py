@@ -41,7 +41,7 @@ def resident(broker: Broker, holder: str, *tenants: TenantSpec) -> None:
         ask = Acquire(epoch=epoch, number=1, request_id="r", phase="p", ways=(way,), standing=True)
         [(_, granted)] = broker.take(holder, ask, 0.0)
         assert isinstance(granted, Granted)
-    broker.finish_all(0.0)
+    broker.finish_all()
 
 
 def phase(name: str, peak: int, *tenants: str, **more: Any) -> PhaseWays:

@@ -160,7 +160,7 @@ class Planner:
                         ways=(way,), standing=True,
                     )
                 )  # fmt: skip
-        broker.finish_all(0.0)
+        broker.finish_all()
         return broker
 
     def _chat_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:

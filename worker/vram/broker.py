@@ -710,7 +710,7 @@ class Broker:
         """Seconds until a tenant that is away is there again."""
         return self._tenants[tenant].back_s
 
-    def finish_all(self, now: float) -> None:
+    def finish_all(self) -> None:
         """As if everything that runs or moves had come to its end, and nobody waited. For copies
         that are only asked questions."""
         self._waiting.clear()

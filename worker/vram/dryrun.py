@@ -39,7 +39,7 @@ def dry_run(
     copy = broker.playable()
     if not copy.knows(holder):
         copy.join(holder, None)
-    copy.finish_all(now)
+    copy.finish_all()
     epoch = copy.epoch(holder)
     missing = [spec for spec in tenants if not copy.has(spec.id)]
     for model in dict.fromkeys(spec.model for spec in missing):

@@ -119,6 +119,19 @@ def phase_ways(
     )
 
 
+def part_tenants(spec: ModelSpec, sizes: Mapping[str, PartBytes]) -> tuple[TenantSpec, ...]:
+    """Of an image or video model. sizes: by part."""
+    return tuple(
+        TenantSpec(
+            id=tenant_id(spec.id, part), model=spec.id, size_bytes=size.whole,
+            floor_bytes=size.whole, host_copy=True, pinned=spec.pinned,
+            priority=spec.priority, keep_alive_s=spec.keep_alive_s,
+            back_s=size.whole / HOST_BANDWIDTH,
+        )
+        for part, size in sizes.items()
+    )  # fmt: skip
+
+
 class Sizer:
     """Sizes of models and jobs. What is not known yet is measured, which takes seconds."""
 
@@ -149,15 +162,7 @@ class Sizer:
 
     def media_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:
         """Raises as `chat`."""
-        return tuple(
-            TenantSpec(
-                id=tenant_id(spec.id, part), model=spec.id, size_bytes=size.whole,
-                floor_bytes=size.whole, host_copy=True, pinned=spec.pinned,
-                priority=spec.priority, keep_alive_s=spec.keep_alive_s,
-                back_s=size.whole / HOST_BANDWIDTH,
-            )
-            for part, size in self._parts(spec).items()
-        )  # fmt: skip
+        return part_tenants(spec, self._parts(spec))
 
     def media_phases(
         self, spec: ModelSpec, shape: Shape, *, steps: int, images: int, exactness: str

@@ -253,9 +253,7 @@ class ChatEngine:
     def _brought_before_the_first_request(self) -> bool:
         """Whether something was done for the models that are loaded at start."""
         lane = self._lanes[self._preload[0]]
-        if not lane.wanted and not lane.here:
-            quietly(partial(lane.want, "start"))
-        elif lane.wanted and not lane.granted:
+        if not lane.here:
             quietly(partial(lane.want, "start"))  # says so when it was refused
         if lane.granted:
             quietly(partial(self._bring, lane))

@@ -291,6 +291,7 @@ class MediaEngine:
     def _wait(self, track: _Track) -> None:
         """For a lease."""
         track.phase("wait")
+        self._ahead.forget()  # nobody brings it meanwhile, and it may be what is waited for
         self._outbox.wait(WAIT_S)
         if self._cancelled:
             raise Cancelled("the job was cancelled while it waited for device memory")
@@ -320,8 +321,7 @@ class MediaEngine:
             "parameters": msgspec.to_builtins(params),
             "scheduler_class": model.scheduler_class,
             # Without guidance the pipeline computes no second pass, so nothing reads this text.
-            "negative_prompt_used": params.negative_prompt is not None
-            and params.guidance_scale > 1,
+            "negative_prompt_used": params.negative_prompt is not None and params.guided,
             "seeds": [asset.seed for asset in assets],
             "assets_sha256": [asset.sha256 for asset in assets],
             "device": str(self._device),

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.catalog import ModelSpec
 from worker.engine.leases import Leases, Question
 from worker.engine.parking import Parked
 from worker.engine.peaks import blocks_of
-from worker.protocol.messages import TenantSpec, Yield
-from worker.vram.ways import HOST_BANDWIDTH, PartBytes, tenant_id
+from worker.protocol.messages import Yield
+from worker.vram.planner import part_tenants
+from worker.vram.ways import PartBytes, tenant_id
 
 log = logging.getLogger(__name__)
 
@@ -97,28 +99,19 @@ class Parts:
     """The parts of one model, as tenants of the ledger. Engine thread only."""
 
     def __init__(
-        self, model: str, modules: Mapping[str, nn.Module], device: torch.device, leases: Leases,
-        *, pinned: bool = False, keep_alive_s: float = 0.0, priority: int = 0,
-    ):  # fmt: skip
+        self,
+        spec: ModelSpec,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        leases: Leases,
+    ):
         """Takes the modules' weights over, into host memory."""
-        self.model = model
+        self.model = spec.id
         self._leases = leases
         self._parts = {
-            tenant_id(model, name): Part(name, one, device) for name, one in modules.items()
+            tenant_id(spec.id, name): Part(name, one, device) for name, one in modules.items()
         }
-        leases.declare(
-            model,
-            [
-                TenantSpec(
-                    id=tenant, model=model, size_bytes=part.size_bytes,
-                    floor_bytes=part.size_bytes, host_copy=True, pinned=pinned,
-                    priority=priority, keep_alive_s=keep_alive_s,
-                    back_s=part.size_bytes / HOST_BANDWIDTH,
-                )
-                for tenant, part in self._parts.items()
-            ],
-            self,
-        )  # fmt: skip
+        leases.declare(spec.id, part_tenants(spec, self.sizes()), self)
 
     @property
     def all_held_bytes(self) -> int:

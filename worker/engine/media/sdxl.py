@@ -69,10 +69,8 @@ class Sdxl:
         self._device = device
         self._tokenizers = tokenizer_hashes(pipeline.tokenizer, pipeline.tokenizer_2)
         self._configs = module_configs(pipeline, PARTS)
-        self.parts = Parts(
-            spec.id, {name: getattr(pipeline, name) for name in PARTS}, device, leases,
-            pinned=spec.pinned, keep_alive_s=spec.keep_alive_s, priority=spec.priority,
-        )  # fmt: skip
+        modules = {name: getattr(pipeline, name) for name in PARTS}
+        self.parts = Parts(spec, modules, device, leases)
 
     def close(self) -> None:
         """Give everything back that it holds."""
@@ -119,7 +117,7 @@ class Sdxl:
             prompt=params.prompt,
             negative_prompt=params.negative_prompt,
             device=self._device,
-            do_classifier_free_guidance=params.guidance_scale > 1,
+            do_classifier_free_guidance=params.guided,
         )
         texts = {name: one for name, one in zip(_TEXTS, made, strict=True) if one is not None}
         cache.put(self._key(params), texts)
@@ -176,7 +174,7 @@ class Sdxl:
         return picture
 
     def _key(self, params: RenderParams) -> str:
-        guided = params.guidance_scale > 1
+        guided = params.guided
         return embedding_key(
             encoders={k: v for k, v in self.components.items() if k != "unet" and k != "vae"},
             configs={part: self._configs[part] for part in PARTS[:2]},

@@ -88,10 +88,8 @@ class Wan:
         self._pad_id = int(self._pipeline.text_encoder.config.pad_token_id)
         self._spec = spec
         self._configs = module_configs(pipeline, PARTS)
-        self.parts = Parts(
-            spec.id, {name: getattr(pipeline, name) for name in PARTS}, device, leases,
-            pinned=spec.pinned, keep_alive_s=spec.keep_alive_s, priority=spec.priority,
-        )  # fmt: skip
+        modules = {name: getattr(pipeline, name) for name in PARTS}
+        self.parts = Parts(spec, modules, device, leases)
 
     def close(self) -> None:
         """Give everything back that it holds."""
@@ -208,7 +206,7 @@ class Wan:
 def _texts(params: RenderParams) -> dict[str, str]:
     """Guidance needs a second text; when none was sent it is the empty one."""
     texts = {"prompt_embeds": params.prompt}
-    if params.guidance_scale > 1:
+    if params.guided:
         texts["negative_prompt_embeds"] = params.negative_prompt or ""
     return texts
 
