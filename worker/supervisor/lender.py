@@ -51,7 +51,8 @@ class Lender:
             measured = state.gauges.get("device_bytes_held")
             if measured is None:
                 continue
-            if not self._broker.is_quiet(state.name):
+            # In the middle of a job an engine's report is the one of its beginning.
+            if state.active or not self._broker.is_quiet(state.name):
                 self._quiet_since.pop(state.name, None)
                 continue
             if now - self._quiet_since.setdefault(state.name, now) < SETTLED_S:
@@ -63,7 +64,8 @@ class Lender:
         What is reserved for passes is not used while it is quiet."""
         ledger = self._broker.ledger
         names = [name for name in self._holders if self._broker.knows(name)]
-        if not all(self._broker.is_quiet(name) for name in names):
+        busy = any(state.active for state in states)
+        if busy or not all(self._broker.is_quiet(name) for name in names):
             self._quiet_since.pop(DRIVER, None)
         elif now - self._quiet_since.setdefault(DRIVER, now) >= SETTLED_S:
             idle = sum(state.gauges.get("device_bytes_reserved", 0) for state in states)
