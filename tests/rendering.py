@@ -11,6 +11,7 @@ import torch
 
 from worker.catalog import ModelSpec
 from worker.engine.leases import alone
+from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache
 from worker.engine.media.sdxl import PARTS as SDXL_PARTS
 from worker.engine.media.sdxl import Sdxl
@@ -38,5 +39,7 @@ def render(
             model.parts[name].wake()
             stack.callback(model.parts[name].park)
         texts = model.encode(params, EmbeddingCache(state_dir / "embeddings"))
-        latents = model.denoise(params, texts, params.seed, on_step or (lambda step: None))
+        latents = model.denoise(
+            params, texts, Course(params.seed, lambda step, _: on_step(step) if on_step else None)
+        )
         return model.decode(latents)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.config import REPOSITORY, Kind, ModelEntry, Residency, Settings
+from worker.config import REPOSITORY, AdapterEntry, Kind, ModelEntry, Residency, Settings
 from worker.errors import ConfigError, Unsupported
 
 # Native sizes of the published models, used when a catalog entry names none:
@@ -19,6 +19,16 @@ NATIVE_FRAMES = 81
 CHAT_TEMPLATES = ("chatml",)
 # Where models are that come with the program, whatever VERBATIM_MODELS_DIR says.
 SHIPPED_MODELS = REPOSITORY / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Weights that change what an image model does, with its paths resolved."""
+
+    id: str
+    kind: str  # lora | ip_adapter
+    path: Path  # a .safetensors file; may not exist
+    image_encoder: Path | None  # ip_adapter: folder of the model that reads the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,14 @@ class ModelSpec:
     keep_alive_s: float = 0.0  # after a use it is taken to be needed again for so long
     priority: int = 0  # whose wait counts more; higher is more urgent
     cure: str = "put its files there, or correct its path"  # for messages about missing files
+    adapters: tuple[AdapterSpec, ...] = ()
+
+    def adapter(self, kind: str, name: str | None = None) -> AdapterSpec | None:
+        """The adapter of this kind with this id in any casing, or the first; None without one."""
+        of_kind = (one for one in self.adapters if one.kind == kind)
+        return next(
+            (one for one in of_kind if name is None or one.id.lower() == name.lower()), None
+        )
 
 
 class Catalog:
@@ -142,18 +160,26 @@ def _served(
             )
         ]
     return [
-        _spec(entry, settings.models_dir, settings.residency.get(entry.id, Residency()))
+        _spec(
+            entry,
+            settings.models_dir,
+            settings.residency.get(entry.id, Residency()),
+            [one for one in settings.adapters if one.model == entry.id],
+        )
         for entry in entries
     ]
 
 
-def _spec(entry: ModelEntry, models_dir: Path, residency: Residency) -> ModelSpec:
+def _spec(
+    entry: ModelEntry, models_dir: Path, residency: Residency, adapters: Sequence[AdapterEntry]
+) -> ModelSpec:
     template = entry.chat_template or "chatml"
     if template not in CHAT_TEMPLATES:
         raise ConfigError(
             f"model {entry.id}: chat_template {template} is unknown; "
             f"known: {', '.join(CHAT_TEMPLATES)}"
         )
+    adapter_specs = tuple(_adapter(one, models_dir) for one in adapters)
     if entry.shipped:
         models_dir = SHIPPED_MODELS
     path = _first_existing(entry.path, models_dir)
@@ -174,6 +200,17 @@ def _spec(entry: ModelEntry, models_dir: Path, residency: Residency) -> ModelSpe
         keep_alive_s=residency.keep_alive_s,
         priority=int(entry.kind == "chat") if residency.priority is None else residency.priority,
         cure=_cure(entry),
+        adapters=adapter_specs,
+    )
+
+
+def _adapter(entry: AdapterEntry, models_dir: Path) -> AdapterSpec:
+    encoder = entry.image_encoder
+    return AdapterSpec(
+        id=entry.id,
+        kind=entry.kind,
+        path=models_dir / entry.path,
+        image_encoder=models_dir / encoder if encoder is not None else None,
     )
 
 

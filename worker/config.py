@@ -118,6 +118,7 @@ class Media(Section):
     preload: list[Name] | None = None
     max_resident: int = Field(2, ge=1)
     exactness: Literal["bit", "close", "lossy"] = "bit"
+    long_prompts: Literal["chunk", "refuse"] = "chunk"
     max_waiting: int = Field(64, ge=0)
     keep_finished: int = Field(200, ge=1)
 
@@ -176,6 +177,26 @@ class ModelEntry(Section):
         return self
 
 
+class AdapterEntry(Section):
+    """[[adapters]]: weights that change what an image model does, asked for job by job."""
+
+    id: Name
+    kind: Literal["lora", "ip_adapter"]
+    model: Name  # id of the model that it belongs to
+    path: str  # a .safetensors file; relative to the models folder, or absolute
+    # ip_adapter: folder of the CLIP vision model (config.json, model.safetensors) that reads the
+    # picture.
+    image_encoder: str | None = None
+
+    @model_validator(mode="after")
+    def has_what_its_kind_needs(self) -> Self:
+        if (self.kind == "ip_adapter") != (self.image_encoder is not None):
+            raise ValueError(
+                f"adapter {self.id}: image_encoder belongs to kind ip_adapter, which needs it"
+            )
+        return self
+
+
 class Profile(Section):
     """A whole profile file."""
 
@@ -187,12 +208,14 @@ class Profile(Section):
     daemon: Daemon = Daemon()
     residency: dict[Name, Residency] = {}  # by model id
     models: list[ModelEntry] = []
+    adapters: list[AdapterEntry] = []
 
 
 class CatalogFile(Section):
     """configs/models.toml."""
 
     models: list[ModelEntry] = []
+    adapters: list[AdapterEntry] = []
 
 
 class Settings(BaseModel):
@@ -213,6 +236,7 @@ class Settings(BaseModel):
     residency: dict[str, Residency] = {}
     models: tuple[ModelEntry, ...]  # catalog and profile together; the profile's come last
     declared_ids: tuple[str, ...]  # those of `models` that the profile itself declares
+    adapters: tuple[AdapterEntry, ...] = ()  # catalog and profile together
 
 
 def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS) -> Settings:
@@ -237,6 +261,13 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{path}: residency.{name}: there is no model with this id{hint}")
     models = [_override_path(entry, env) for entry in by_id.values()]
+    adapters = {entry.id: entry for entry in (*catalog.adapters, *loaded.adapters)}
+    for adapter in adapters.values():
+        if adapter.model not in by_id:
+            raise ConfigError(
+                f"{path}: adapter {adapter.id}: there is no model {adapter.model}; "
+                f"known: {', '.join(by_id)}"
+            )
     return Settings(
         profile_name=path.stem,
         profile_path=path.resolve(),
@@ -251,6 +282,7 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
         residency=loaded.residency,
         models=tuple(models),
         declared_ids=tuple(entry.id for entry in loaded.models),
+        adapters=tuple(adapters.values()),
     )
 
 

@@ -135,6 +135,8 @@ def values(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
     match kind:
         case msgspec.inspect.StrType():
             return st.text(max_size=6)
+        case msgspec.inspect.BytesType():
+            return st.binary(max_size=6)
         case msgspec.inspect.IntType():
             return st.integers(-(2**63), 2**64 - 1)
         case msgspec.inspect.FloatType():

@@ -13,7 +13,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 4
+VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -190,6 +190,20 @@ class Generated(Message, frozen=True, kw_only=True):
 # --- image and video ---------------------------------------------------------------------------
 
 
+class WeightedTerm(msgspec.Struct, frozen=True):
+    """A text that follows the prompt after a comma, and how much it counts; 1 is as usual."""
+
+    text: str
+    weight: float
+
+
+class LoraUse(msgspec.Struct, frozen=True):
+    """A LoRA of the catalog and how much of it is added; 1 is as it was trained."""
+
+    id: str
+    weight: float
+
+
 class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
     """Every effective parameter of an image or video job; nothing is filled in after this."""
 
@@ -205,11 +219,44 @@ class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
     fps: int = 16
     scheduler: str | None = None  # None: the model's own
     shift: float | None = None  # flow shift of WAN schedulers
+    # What the job's pictures are for. text: there are none. Of SDXL: image (begin from it), copy
+    # (the same, as close as it goes), style and character (an adapter reads it). Of WAN: single
+    # (what the film shows), start, end, both (its first and last frame).
+    mode: str = "text"
+    # image, copy: share of the noise that the picture gets, 0 is the picture itself, 1 nothing of
+    # it; style, character: how much the adapter counts, 0 to 1.
+    strength: float | None = None
+    weighted: tuple[WeightedTerm, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def guided(self) -> bool:
         """Whether the pipelines compute with a second text."""
         return self.guidance_scale > 1
+
+    @property
+    def nominal_steps(self) -> int:
+        """Steps of the whole schedule, of which a job that begins from a picture runs the last
+        ones: as many as are asked for, or the least that leave it one to run."""
+        steps = self.steps
+        while self.mode in ("image", "copy") and self.strength and int(steps * self.strength) < 1:
+            steps += 1
+        return steps
+
+    @property
+    def passes(self) -> int:
+        """Denoise steps that are computed for one picture or video."""
+        if self.mode not in ("image", "copy") or self.strength is None:
+            return self.steps
+        return min(int(self.nominal_steps * self.strength), self.nominal_steps)
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture that a job works with, fetched and checked, as it arrived."""
+
+    role: str  # image | first | last
+    file: str  # path on this machine
+    sha256: str
 
 
 class RenderJob(Message, frozen=True, kw_only=True):
@@ -224,6 +271,10 @@ class RenderJob(Message, frozen=True, kw_only=True):
     priority: int = 0  # for device memory; higher goes first
     keep_alive_s: float | None = None  # the model leaves last for so long; None: its own
     next_model: str | None = None  # of the job that follows, whose parts may come meanwhile
+    references: tuple[Reference, ...] = ()
+    # The file of the job's checkpoint: written while it is denoised, and where it goes on from if
+    # it is there. None: none is kept.
+    checkpoint: str | None = None
 
 
 class Progress(Message, frozen=True, kw_only=True):
@@ -233,6 +284,9 @@ class Progress(Message, frozen=True, kw_only=True):
     phase: str  # load | wait | encode | denoise | decode | save
     step: int
     steps: int
+    left_s: float | None = None  # until the files are there, as far as is known
+    image: int = 0  # which of the job's pictures is being made
+    preview: bytes = b""  # a small WebP of it; empty: none that is new
 
 
 class AssetFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from worker.engine.device import release_cache
 from worker.engine.host import Outbox, Report, Ticket
 from worker.engine.leases import Leases
 from worker.engine.media.ahead import Ahead
+from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache, Tensors
 from worker.engine.media.files import save_image, save_video
 from worker.engine.media.sdxl import Sdxl
@@ -257,10 +258,14 @@ class MediaEngine:
         for index in range(job.params.num_images):
             latents.append(
                 model.denoise(
-                    job.params, texts, job.params.seed + index,
-                    lambda step: self._on_step(track, step),
+                    job.params,
+                    texts,
+                    Course(
+                        job.params.seed + index,
+                        lambda step, latents: self._on_step(track, step),
+                    ),
                 )
-            )  # fmt: skip
+            )
             track.image_done()
         return latents
 

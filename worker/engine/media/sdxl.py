@@ -7,7 +7,6 @@ picture is the one of the pipeline's own single call, to the bit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from worker.catalog import ModelSpec
 from worker.engine.leases import Leases
 from worker.engine.media.components import component_hashes, tokenizer_hashes
+from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on, embedding_key
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
@@ -27,8 +27,6 @@ from worker.protocol.messages import RenderParams
 from worker.vram.phases import Phase, image_phases
 from worker.vram.planner import shape_of
 
-# Called after denoise step `step` (from 1); may raise to end the render.
-OnStep = Callable[[int], None]
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
@@ -123,27 +121,20 @@ class Sdxl:
         cache.put(self._key(params), texts)
         return texts
 
-    def denoise(
-        self, params: RenderParams, texts: Tensors, seed: int, on_step: OnStep
-    ) -> torch.Tensor:
-        """Latents of one picture: the pipeline's own call with a CPU generator of `seed`."""
+    def denoise(self, params: RenderParams, texts: Tensors, course: Course) -> torch.Tensor:
+        """Latents of one picture: the pipeline's own call."""
         pipeline = self._pipeline
         pipeline.scheduler = fresh_sdxl(self._own_scheduler, params.scheduler)
-
-        def step_done(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(index + 1)
-            return tensors
-
-        latents: torch.Tensor = pipeline(
-            **{name: one.to(self._device) for name, one in texts.items()},
-            width=params.width,
-            height=params.height,
-            num_inference_steps=params.steps,
-            guidance_scale=params.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=step_done,
-            output_type="latent",
-        ).images
+        with course.of(pipeline, pipeline.unet) as arguments:
+            latents: torch.Tensor = pipeline(
+                **{name: one.to(self._device) for name, one in texts.items()},
+                width=params.width,
+                height=params.height,
+                num_inference_steps=params.steps,
+                guidance_scale=params.guidance_scale,
+                output_type="latent",
+                **arguments,
+            ).images
         return latents
 
     @torch.inference_mode()

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from worker.catalog import ModelSpec
 from worker.engine.leases import Leases
 from worker.engine.media.components import component_hashes
+from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on, embedding_key
 from worker.engine.media.files import Frames
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_wan
-from worker.engine.media.sdxl import OnStep
 from worker.errors import ModelUnavailable, PromptTooLong
 from worker.modelfiles import file_sha256, require_files, weight_bytes
 from worker.protocol.messages import RenderParams
@@ -135,27 +135,22 @@ class Wan:
             cache.put(self._key(text), {"embeddings": made[name]})
         return made
 
-    def denoise(self, params: RenderParams, texts: Tensors, seed: int, on_step: OnStep) -> Any:
-        """Latents of one video: the pipeline's own call with a CPU generator of `seed`."""
+    def denoise(self, params: RenderParams, texts: Tensors, course: Course) -> Any:
+        """Latents of one video: the pipeline's own call."""
         pipeline = self._pipeline
         pipeline.scheduler = fresh_wan(self._own_scheduler, params.scheduler, params.shift)
-
-        def step_done(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(index + 1)
-            return tensors
-
-        return pipeline(
-            **{name: one.to(self._device) for name, one in texts.items()},
-            width=params.width,
-            height=params.height,
-            num_frames=params.frames,
-            num_inference_steps=params.steps,
-            guidance_scale=params.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            max_sequence_length=TEXT_TOKENS,
-            callback_on_step_end=step_done,
-        ).frames
+        with course.of(pipeline, pipeline.transformer) as arguments:
+            return pipeline(
+                **{name: one.to(self._device) for name, one in texts.items()},
+                width=params.width,
+                height=params.height,
+                num_frames=params.frames,
+                num_inference_steps=params.steps,
+                guidance_scale=params.guidance_scale,
+                output_type="latent",
+                max_sequence_length=TEXT_TOKENS,
+                **arguments,
+            ).frames
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Frames:
