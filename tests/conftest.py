@@ -174,18 +174,26 @@ def make_media(
     from worker.front.app import Front, create_media_app, places
     from worker.front.drain import Drainer
     from worker.jobs import runner as runner_module
-    from worker.jobs.job import Job
+    from worker.front.media import JobDesk
+    from worker.jobs.bell import Bell
+    from worker.jobs.board import Board
+    from worker.jobs.journal import JOBS_FOLDER, Journal
+    from worker.jobs.results import RESULTS_FOLDER, Results
     from worker.jobs.runner import JobRunner
-    from worker.jobs.table import JobTable
 
     monkeypatch.setattr(runner_module, "LOOK_EVERY_S", 0.01)  # so that runners end quickly
+    monkeypatch.setattr(runner_module, "FORGET_EVERY_S", 0.0)
     ports: list[MediaPort] = []
+
+    def no_pictures(wanted: Any, folder: Path) -> Any:
+        raise AssertionError("no job of this test has a picture")
 
     def make(
         *,
         keys: tuple[str, ...] = (),
         link: FakeLink | None = None,
         media_link: FakeLink | None = None,
+        fetch: Callable[..., Any] | None = None,
         orchestrator: Callable[[Any], Message | None] | None = None,
         **sections: dict[str, Any],
     ) -> MediaPort:
@@ -200,21 +208,30 @@ def make_media(
             FakeSizer(),  # type: ignore[arg-type]
         )  # fmt: skip
 
-        def forget(job: Job) -> None:
-            runner.forget(job)
-
-        table = JobTable(mine.media.max_waiting, mine.media.keep_finished, forget)
-        runner = JobRunner(table, painter, mine.state_dir)  # type: ignore[arg-type]
+        folder, bell = mine.state_dir / JOBS_FOLDER, Bell()
+        journal, board = Journal(folder, bell), Board(bell)
+        results = Results(folder / RESULTS_FOLDER)
+        desk = JobDesk(journal, board, bell, results, bell.ring)
+        runner = JobRunner(
+            journal, board, bell,
+            painter,  # type: ignore[arg-type]
+            results,
+            folder / "work",
+            fetch=fetch or no_pictures,
+            tell=lambda job, event: (),
+            places=lambda job, assets: (),
+            keep_finished=mine.media.keep_finished,
+            keep_bytes=mine.media.keep_bytes,
+        )  # fmt: skip
         runner.start()
         app = create_media_app(
             front,
             admission,
             painter,  # type: ignore[arg-type]
-            table,
-            runner,
+            desk,
         )
         port = MediaPort(
-            mine, app, app.test_client(), link, admission, drainer, painter, table, runner
+            mine, app, app.test_client(), link, admission, drainer, painter, desk, runner
         )
         ports.append(port)
         return port
@@ -222,6 +239,7 @@ def make_media(
     yield make
     for port in ports:
         port.runner.close()
+        port.desk.journal.close()
     left = [port.link.close() + port.media.close() for port in ports]
     assert left == [[]] * len(ports)
     assert [port.admission.taken for port in ports] == [0] * len(ports)

@@ -62,9 +62,10 @@ if TYPE_CHECKING:  # unit tests share this module and need no Flask
 
     from worker.front.admission import Admission
     from worker.front.drain import Drainer
+    from worker.front.media import JobDesk
+    from worker.jobs.board import Live
     from worker.jobs.job import Job
     from worker.jobs.runner import JobRunner
-    from worker.jobs.table import JobTable
 
 # What an engine answers to a message, in order; nothing for one that stays silent.
 Script = Callable[[Any], Iterable[Message]]
@@ -401,7 +402,7 @@ class MediaPort(ChatPort):
     """The image and video port. `link` is the chat engine's, for raw completion."""
 
     media: FakeLink
-    table: JobTable
+    desk: JobDesk
     runner: JobRunner
 
     def accept(self, **body: Any) -> str:
@@ -412,22 +413,26 @@ class MediaPort(ChatPort):
 
     def wait(self, job_id: str, *statuses: str) -> dict[str, Any]:
         """Wait until the job has one of `statuses`; the JSON of the job."""
-        return self._wait_until(job_id, lambda job: job.status.value in statuses)
+        return self._wait_until(job_id, lambda job, _: job.status.value in statuses)
 
     def wait_step(self, job_id: str, step: int) -> dict[str, Any]:
         """Wait until the job has come to `step`; the JSON of the job."""
-        return self._wait_until(job_id, lambda job: job.step == step)
+        return self._wait_until(job_id, lambda _, live: live is not None and live.step == step)
 
     def fetch(self, path: str, headers: dict[str, str] | None = None) -> TestResponse:
         """GET a file, read whole, so that it is closed again."""
         return self.client.get(path, headers=headers, buffered=True)
 
-    def _wait_until(self, job_id: str, is_there: Callable[[Job], bool]) -> dict[str, Any]:
+    def _wait_until(
+        self, job_id: str, is_there: Callable[[Job, Live | None], bool]
+    ) -> dict[str, Any]:
         ends = time.monotonic() + PATIENCE_S
         seen = 0
-        while not is_there(job := self.table.get(job_id)):
-            assert time.monotonic() < ends, f"the job stays {job.status.value}, step {job.step}"
-            seen = self.table.wait_for_change(seen, 0.5)
+        while not is_there(
+            job := self.desk.journal.get(job_id), live := self.desk.board.get(job_id)
+        ):
+            assert time.monotonic() < ends, f"the job stays {job.status.value}, {live}"
+            seen = self.desk.bell.wait(seen, 0.5)
         return dict(self.client.get(f"/jobs/{job_id}").get_json())
 
 

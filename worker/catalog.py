@@ -26,8 +26,8 @@ class AdapterSpec:
     """Weights that change what an image model does, with its paths resolved."""
 
     id: str
-    kind: str  # lora | ip_adapter
-    path: Path  # a .safetensors file; may not exist
+    kind: str  # lora | ip_adapter | vace
+    path: Path  # a .safetensors file, of vace its transformer's folder; may not exist
     image_encoder: Path | None  # ip_adapter: folder of the model that reads the picture
 
 
@@ -58,6 +58,13 @@ class ModelSpec:
         return next(
             (one for one in of_kind if name is None or one.id.lower() == name.lower()), None
         )
+
+    @property
+    def vace_folder(self) -> Path | None:
+        """The VACE transformer that lies beside a text-to-video model and works with its text
+        encoder and VAE; None without one."""
+        adapter = self.adapter("vace") if self.kind == "wan" else None
+        return adapter.path if adapter is not None and adapter.path.is_dir() else None
 
 
 class Catalog:

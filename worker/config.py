@@ -121,6 +121,19 @@ class Media(Section):
     long_prompts: Literal["chunk", "refuse"] = "chunk"
     max_waiting: int = Field(64, ge=0)
     keep_finished: int = Field(200, ge=1)
+    keep_bytes: Size = 10 << 30
+
+
+class Jobs(Section):
+    """[jobs]: what comes from lists, what is fetched for jobs and what is told about them."""
+
+    lists: list[Name] = ["sdxl_queue", "wan_queue"]
+    take_ahead: int = Field(4, ge=1)
+    deliver_for_s: float = Field(259200.0, gt=0)
+    trusted_origins: list[str] = []
+    reference_bytes: Size = 25 << 20
+    reference_pixels: int = Field(40_000_000, ge=64)
+    reference_s: float = Field(30.0, gt=0)
 
 
 class Residency(Section):
@@ -181,9 +194,11 @@ class AdapterEntry(Section):
     """[[adapters]]: weights that change what an image model does, asked for job by job."""
 
     id: Name
-    kind: Literal["lora", "ip_adapter"]
+    kind: Literal["lora", "ip_adapter", "vace"]
     model: Name  # id of the model that it belongs to
-    path: str  # a .safetensors file; relative to the models folder, or absolute
+    # A .safetensors file, of vace the folder of its transformer; relative to the models folder, or
+    # absolute.
+    path: str
     # ip_adapter: folder of the CLIP vision model (config.json, model.safetensors) that reads the
     # picture.
     image_encoder: str | None = None
@@ -205,6 +220,7 @@ class Profile(Section):
     limits: Limits = Limits()
     chat: Chat = Chat()
     media: Media = Media()
+    jobs: Jobs = Jobs()
     daemon: Daemon = Daemon()
     residency: dict[Name, Residency] = {}  # by model id
     models: list[ModelEntry] = []
@@ -232,6 +248,7 @@ class Settings(BaseModel):
     limits: Limits
     chat: Chat
     media: Media
+    jobs: Jobs = Jobs()
     daemon: Daemon
     residency: dict[str, Residency] = {}
     models: tuple[ModelEntry, ...]  # catalog and profile together; the profile's come last
@@ -268,6 +285,12 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
                 f"{path}: adapter {adapter.id}: there is no model {adapter.model}; "
                 f"known: {', '.join(by_id)}"
             )
+        kind = by_id[adapter.model].kind
+        if adapter.kind == "vace" and kind != "wan":
+            raise ConfigError(
+                f"{path}: adapter {adapter.id}: kind vace belongs to a model of kind wan, "
+                f"and {adapter.model} is of kind {kind}"
+            )
     return Settings(
         profile_name=path.stem,
         profile_path=path.resolve(),
@@ -278,6 +301,7 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
         limits=loaded.limits,
         chat=loaded.chat,
         media=loaded.media,
+        jobs=loaded.jobs,
         daemon=loaded.daemon,
         residency=loaded.residency,
         models=tuple(models),

@@ -119,6 +119,26 @@ class Unsupported(WorkerError):
     code = "unsupported"
 
 
+class ReferenceRefused(WorkerError):
+    """A picture that a job names, or an address, will not be fetched: asking again cannot help."""
+
+    status = 422
+    code = "reference_refused"
+
+
+class ReferenceTooLarge(TooLarge):
+    """A picture that a job names has more bytes or pixels than a limit allows."""
+
+    code = "reference_too_large"
+
+
+class ReferenceUnavailable(WorkerError):
+    """A host did not give what it was asked for now; it may later."""
+
+    status = 502
+    code = "reference_unavailable"
+
+
 # --- the moment's side ------------------------------------------------------------------------
 
 
@@ -134,6 +154,21 @@ class Draining(WorkerError):
 
     status = 503
     code = "draining"
+
+
+class JournalUnavailable(WorkerError):
+    """Jobs cannot be written down or read: the disk is full, read-only or slow, or the journal is
+    damaged; the message says which."""
+
+    status = 503
+    code = "journal_unavailable"
+
+
+class DiskFull(WorkerError):
+    """Files of a result cannot be written for want of space; the job is tried again."""
+
+    status = 503
+    code = "disk_full"
 
 
 class EngineUnavailable(WorkerError):

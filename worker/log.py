@@ -69,4 +69,6 @@ def _use(handler: logging.Handler, process: str, level: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # It tells every URL, and a signed one is a key.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.captureWarnings(True)

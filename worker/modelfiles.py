@@ -53,7 +53,9 @@ def check_files(
     found = list(_problems(spec))
     if not found and full:
         found = list(_hash_problems(spec, progress))
-    return [Problem(spec.id, _shown(spec, path), what, spec.cure) for path, what in found]
+    return [
+        Problem(spec.id, _shown(spec, path), what, _cure(spec, path)) for path, what in found
+    ]
 
 
 def require_files(spec: ModelSpec) -> None:
@@ -64,13 +66,16 @@ def require_files(spec: ModelSpec) -> None:
 
 
 def weight_files(spec: ModelSpec) -> list[Path]:
-    """The safetensors files of a model, sorted by relative path. The files must be checked."""
+    """The safetensors files of a model, sorted by relative path, and those of the VACE transformer
+    beside it. The files must be checked."""
     if spec.path.is_file():
         return [spec.path]
     if spec.kind == "chat":
         return sorted(_weights_of(spec.path))
     folders = [spec.path / part for part in _DIFFUSERS_PARTS[spec.kind]]
-    return sorted(file for folder in folders for file in _weights_of(folder))
+    beside = _weights_of(spec.vace_folder) if spec.vace_folder is not None else set()
+    own = sorted(file for folder in folders for file in _weights_of(folder))
+    return own + sorted(beside)
 
 
 def weight_bytes(spec: ModelSpec) -> int:
@@ -111,7 +116,8 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def weights_sha256(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
-    """SHA-256 (hex) per weight file, keyed by path relative to the model.
+    """SHA-256 (hex) per weight file, keyed by path relative to the model, of the VACE transformer
+    beside it by "vace/" and its name.
 
     Read once per version of a file (size, modification time, inode) and remembered in
     `state_dir`. Raises ModelUnavailable when a hash differs from the folder's manifest.
@@ -125,7 +131,7 @@ def weights_sha256(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
         key = f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
         digest = cache.get(key) or file_sha256(file)
         fresh[key] = digest
-        relative = file.name if spec.path.is_file() else str(file.relative_to(spec.path))
+        relative = _name(spec, file)
         expected = _manifest(spec).get(relative, {}).get("sha256", digest)
         if digest != expected:
             what = f"sha256 {digest[:12]}… is not the recorded {expected[:12]}…"
@@ -169,6 +175,9 @@ def _problems(spec: ModelSpec) -> Iterator[tuple[Path, str]]:
         yield from _chat_problems(spec.path)
     else:
         yield from _diffusers_problems(spec.path, _DIFFUSERS_PARTS[spec.kind])
+        if spec.vace_folder is not None:
+            yield from _json_problems(spec.vace_folder / "config.json")
+            yield from _folder_weight_problems(spec.vace_folder)
     try:
         recorded = _manifest(spec)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -300,6 +309,21 @@ def _manifest(spec: ModelSpec) -> dict[str, dict[str, Any]]:
         for name, entry in files.items()
         if not spec.path.is_file() or name == spec.path.name
     }
+
+
+def _name(spec: ModelSpec, file: Path) -> str:
+    if spec.path.is_file():
+        return file.name
+    if file.is_relative_to(spec.path):
+        return str(file.relative_to(spec.path))
+    return f"vace/{file.name}"
+
+
+def _cure(spec: ModelSpec, path: Path) -> str:
+    beside = spec.vace_folder
+    if beside is not None and path.is_relative_to(beside) and not path.is_relative_to(spec.path):
+        return "fetch the model again that it is a part of, or move its folder away"
+    return spec.cure
 
 
 def _shown(spec: ModelSpec, path: Path) -> str:

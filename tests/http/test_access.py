@@ -27,6 +27,7 @@ MEDIA_INFERENCE: list[Route] = [
     ("GET", "/jobs/j1"),
     ("DELETE", "/jobs/j1"),
     ("GET", "/jobs/j1/events"),
+    ("GET", "/jobs/j1/preview"),
     ("GET", "/jobs/j1/assets/0"),
     ("GET", "/jobs/j1/assets/0/thumbnail"),
     ("GET", "/status"),
@@ -148,7 +149,7 @@ def test_a_wrong_key_is_refused_everywhere_on_the_media_port(
     answer = port.client.open(path, method=method, json={"prompt": "x"}, headers=WRONG)
 
     refused(answer, 401, "unauthorized")
-    assert port.table.counts()["queued"] == 0
+    assert port.desk.journal.counts()["queued"] == 0
     assert call(port, route, RIGHT) in (200, 202, 404)
 
 

@@ -63,7 +63,7 @@ def test_a_completion_runs_on_the_base_model_without_a_template(media: MediaPort
     assert message.sampling.temperature == 0.7
     assert message.sampling.top_p == 0.9
     assert media.media.sent == []
-    assert sum(media.table.counts().values()) == 0
+    assert sum(media.desk.journal.counts().values()) == 0
 
 
 @pytest.mark.parametrize("parameters", [None, {}, "absent"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -104,7 +103,7 @@ def test_children_die_with_a_killed_orchestrator(tmp_path):
         daemon.process.kill()
 
         daemon.process.wait(5)
-        assert len(family) == 6  # two engines, two gunicorn masters and their workers
+        assert len(family) == 7  # the runner, two engines, two gunicorn masters and their workers
         eventually(lambda: gone(family), 5)
 
 
@@ -246,7 +245,7 @@ def test_chat_and_jobs_run_at_the_same_time(tmp_path):
         assert answers == [200] * 8
         final = eventually(lambda: _final(daemon, job), 90)
         assert final["status"] == "completed"
-        assert os.path.exists(daemon.state_dir / "results" / job["job_id"] / "0.png")
+        assert daemon.media.get(final["assets"][0]["url"]).content.startswith(b"\x89PNG")
 
 
 def _final(daemon: Daemon, job: dict[str, Any]) -> dict[str, Any] | None:

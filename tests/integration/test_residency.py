@@ -3,6 +3,7 @@ phases, streamed block by block, after running out of memory, from kept embeddin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Outbox:
         self.engine: MediaEngine | None = None
         self.cancels: list[Ticket] = []
         self.waits = 0
+        self._woken = threading.Event()
 
     def send(self, ticket: Ticket, message: Message) -> None:
         self.sent.append(message)
@@ -50,9 +52,11 @@ class Outbox:
         pass
 
     def wake(self) -> None:
-        pass
+        self._woken.set()
 
     def wait(self, timeout_s: float) -> None:
+        self._woken.wait(timeout_s)
+        self._woken.clear()
         self.waits += 1
         assert self.waits < 100, "a lease that never comes"
         assert self.engine is not None

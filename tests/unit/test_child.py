@@ -117,9 +117,10 @@ def test_a_report_of_a_child_that_is_down_has_its_cause_and_no_pid() -> None:
     assert (report.failures, report.cause, report.next_try_s) == (2, "exited with code 1", 2.0)
 
 
-def test_only_a_child_with_a_port_is_a_front() -> None:
-    assert FRONT.is_front
-    assert not ENGINE.is_front
+def test_engines_are_told_by_their_names() -> None:
+    assert ENGINE.is_engine
+    assert not FRONT.is_engine
+    assert not ChildSpec("runner", ()).is_engine
 
 
 @pytest.mark.parametrize(
@@ -198,31 +199,31 @@ SECRETS = (
 def test_engines_get_no_secrets() -> None:
     environment = dict.fromkeys(SECRETS, "secret") | {"HOME": "/home/x"}
 
-    given = child_environment(environment, is_front=False)
+    given = child_environment(environment, is_engine=True)
 
     assert "secret" not in given.values()
     assert given["HOME"] == "/home/x"
 
 
 def test_fronts_get_the_keys_that_they_check() -> None:
-    given = child_environment(dict.fromkeys(SECRETS, "secret"), is_front=True)
+    given = child_environment(dict.fromkeys(SECRETS, "secret"), is_engine=False)
 
     assert all(given[name] == "secret" for name in KEY_NAMES)
 
 
-@pytest.mark.parametrize("is_front", [False, True])
-def test_every_child_is_offline_and_knows_its_parent(is_front: bool) -> None:
+@pytest.mark.parametrize("is_engine", [False, True])
+def test_every_child_is_offline_and_knows_its_parent(is_engine: bool) -> None:
     environment = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": "/elsewhere", PARENT_VARIABLE: "1"}
 
-    given = child_environment(environment, is_front=is_front)
+    given = child_environment(environment, is_engine=is_engine)
 
     assert given["HF_HUB_OFFLINE"] == given["TRANSFORMERS_OFFLINE"] == "1"
     assert given["PYTHONPATH"] == str(REPOSITORY)
     assert given[PARENT_VARIABLE] == str(os.getpid())
 
 
-@pytest.mark.parametrize("is_front", [False, True])
-def test_every_child_gets_what_was_set_for_the_daemon(is_front: bool) -> None:
+@pytest.mark.parametrize("is_engine", [False, True])
+def test_every_child_gets_what_was_set_for_the_daemon(is_engine: bool) -> None:
     environment = {
         "VERBATIM_STATE_DIR": "/state",
         "VERBATIM_CHAT_PORT": "9001",
@@ -231,14 +232,14 @@ def test_every_child_gets_what_was_set_for_the_daemon(is_front: bool) -> None:
         "GOMP_SPINCOUNT": "7",
     }
 
-    given = child_environment(environment, is_front=is_front)
+    given = child_environment(environment, is_engine=is_engine)
 
     assert environment.items() <= given.items()
 
 
-@pytest.mark.parametrize("is_front", [False, True])
-def test_no_child_spins_on_cores_that_others_need(is_front: bool) -> None:
-    given = child_environment({}, is_front=is_front)
+@pytest.mark.parametrize("is_engine", [False, True])
+def test_no_child_spins_on_cores_that_others_need(is_engine: bool) -> None:
+    given = child_environment({}, is_engine=is_engine)
 
     assert int(given["GOMP_SPINCOUNT"]) < 100_000  # what libgomp would do by itself is far more
 
@@ -246,12 +247,12 @@ def test_no_child_spins_on_cores_that_others_need(is_front: bool) -> None:
 def test_the_daemons_own_environment_is_left_as_it_was() -> None:
     environment = {"HF_TOKEN": "secret"}
 
-    child_environment(environment, is_front=False)
+    child_environment(environment, is_engine=True)
 
     assert environment == {"HF_TOKEN": "secret"}
 
 
-def test_a_profile_is_two_fronts_and_two_engines_with_the_ports_first() -> None:
+def test_a_profile_is_two_fronts_a_runner_and_two_engines_with_the_ports_first() -> None:
     settings = load_settings("demo", {"VERBATIM_CHAT_PORT": "9001"})
 
     specs = child_specs(settings)
@@ -259,6 +260,7 @@ def test_a_profile_is_two_fronts_and_two_engines_with_the_ports_first() -> None:
     assert [(spec.name, spec.port) for spec in specs] == [
         ("front chat", 9001),
         ("front media", 7860),
+        ("runner", None),
         ("engine chat", None),
         ("engine media", None),
     ]

@@ -40,13 +40,18 @@ ALLOWED = {
         "worker.vram.ways",
     },
     "worker.vram.sizes": {"worker.catalog", "worker.config", "worker.errors", "worker.vram"},
+    "worker.queues": {"worker.errors"},
+    "worker.storage": {"worker.errors", "worker.protocol"},
     "worker.jobs": {
         "worker.catalog",
         "worker.config",
         "worker.errors",
         "worker.jsonvalues",
+        "worker.lifeline",
         "worker.log",
         "worker.protocol",
+        "worker.queues",
+        "worker.storage",
         "worker.vram.ways",
     },
     "worker.engine": {
@@ -180,7 +185,13 @@ LIBRARIES = {
     "tokenizers": {"worker.engine.chat", "worker.engine.media"},
     "av": {"worker.engine.media"},
     "numpy": {"worker.engine.media"},
-    "PIL": {"worker.engine.media"},
+    "PIL": {"worker.engine.media", "worker.storage"},
+    "compel": {"worker.engine.media"},
+    "redis": {"worker.queues"},
+    "httpx": {"worker.queues", "worker.storage", "worker.jobs"},
+    "httpcore": {"worker.storage"},
+    "boto3": {"worker.storage"},
+    "botocore": {"worker.storage"},
     "flask": {"worker.front", "worker.front.wsgi"},
     "werkzeug": {"worker.front"},
     "prometheus_client": {"worker.front"},
@@ -191,16 +202,17 @@ LIBRARIES = {
         "worker.engine.media",
         "worker.supervisor",
         "worker.front",
+        "worker.jobs",
     }
     | {"worker.engine.peaks", "worker.vram.sizes", "worker.vram.dryrun"},
     "safetensors": {"worker.engine.media"},
-    "zmq": {"worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}
+    "zmq": {"worker.jobs", "worker.protocol", "worker.engine", "worker.front", "worker.front.wsgi"}
     | {"worker.supervisor"},
-    "psutil": {"worker.vram", "worker.engine", "worker.front", "worker.supervisor"},
+    "psutil": {"worker.jobs", "worker.vram", "worker.engine", "worker.front", "worker.supervisor"},
     "pynvml": {"worker.vram"},
     "pydantic": {"worker.config"},
     "rich": {"worker.supervisor", "worker.supervisor.planning", "orchestrator"},
-    "setproctitle": {"worker.engine.__main__"},
+    "setproctitle": {"worker.engine.__main__", "worker.jobs"},
 }
 
 HEAVY = {"torch", "transformers", "diffusers", "flask", "gunicorn"}

@@ -18,6 +18,7 @@ from worker.protocol.messages import (
     Granted,
     Hello,
     Message,
+    Pause,
     PhaseWays,
     Refused,
     Release,
@@ -28,7 +29,14 @@ from worker.protocol.messages import (
     Yield,
     Yielded,
 )
-from worker.vram.broker import DECLINED_S, GROW_AFTER_S, PATIENCE_S, Broker, Order
+from worker.vram.broker import (
+    DECLINED_S,
+    GROW_AFTER_S,
+    PATIENCE_S,
+    PAUSE_AFTER_S,
+    Broker,
+    Order,
+)
 from worker.vram.dryrun import dry_run
 from worker.vram.ledger import Ledger, OverCommit, StaleFence
 from worker.vram.order import MAX_HELD_S, MAX_OVERTAKEN
@@ -214,6 +222,9 @@ class Card:
             case Yield(kind=kind, tenant=tenant, wait=wait):
                 self.orders[tenant] = message
                 return f"{'wait, ' if wait else ''}{kind} {tenant}"
+            case Pause(fence=fence):
+                paused = next(name for name, one in self.grants.items() if one.fence == fence)
+                return f"pause {paused}"
         raise AssertionError(f"an engine is not told this: {message}")
 
     def _request(self, number: int) -> str:
@@ -498,6 +509,36 @@ def test_the_tenants_of_a_phase_in_use_are_never_taken(card: Card) -> None:
         assert card.after(MAX_HELD_S / 10) == []
 
     assert card.release("job") == ["chat: granted talk"]
+
+
+def test_work_that_can_be_paused_is_for_somebody_more_urgent_and_goes_on_after_it(
+    card: Card,
+) -> None:
+    card.declare("media", spec("wan.transformer", 4))
+    card.ask("media", "film", way("wan.transformer", 4), pausable=True)
+    card.bring("film", "wan.transformer")
+
+    assert card.ask("chat", "talk", way(peak_gib=8), priority=1) == []  # a stretch of work first
+    assert card.after(PAUSE_AFTER_S) == ["media: pause film"]
+    assert card.after(PAUSE_AFTER_S) == []  # once
+    assert card.release("film") == ["media: park wan.transformer"]
+    assert card.give("media", "wan.transformer") == ["chat: granted talk"]
+    assert card.ask("media", "rest of the film", way("wan.transformer", 4), pausable=True) == []
+    assert card.release("talk") == ["media: granted rest of the film"]
+    assert card.broker.counters["paused"] == 1
+
+
+def test_work_is_not_paused_for_its_equals_nor_where_there_is_room(card: Card) -> None:
+    card.declare("media", spec("wan.transformer", 4))
+    card.ask("media", "film", way("wan.transformer", 4), pausable=True)
+    card.bring("film", "wan.transformer")
+    card.after(PAUSE_AFTER_S)
+
+    assert card.ask("chat", "small talk", way(peak_gib=2), priority=9) == [
+        "chat: granted small talk"
+    ]
+    assert card.ask("chat", "talk", way(peak_gib=8), priority=0) == []
+    assert card.after(PAUSE_AFTER_S) == []
 
 
 def test_a_pinned_tenant_is_never_taken(card: Card) -> None:

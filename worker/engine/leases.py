@@ -24,6 +24,7 @@ from worker.protocol.messages import (
     Granted,
     Hello,
     Message,
+    Pause,
     Refused,
     Release,
     TenantSpec,
@@ -61,6 +62,7 @@ class Question:
     granted: Granted | None = None
     refused: Refused | None = None
     failed: bool = False  # what was computed with it came to nothing
+    wanted_back: bool = False  # somebody more urgent waits: to be released after the current step
 
     @property
     def way(self) -> Way:
@@ -89,6 +91,7 @@ class Leases:
     _owners: dict[str, Owner] = field(default_factory=dict)
     _questions: dict[int, Question] = field(default_factory=dict)
     _unwanted: set[int] = field(default_factory=set)
+    _open: dict[int, Question] = field(default_factory=dict)  # granted and pausable, by fence
     _later: dict[str, _Later] = field(default_factory=dict)
     _specs: dict[str, tuple[TenantSpec, ...]] = field(default_factory=dict)
     _last_number: int = 0
@@ -108,6 +111,9 @@ class Leases:
                 self._unwanted.discard(message.number)
                 if (question := self._questions.pop(message.number, None)) is not None:
                     question.refused = message
+            case Pause():
+                if (question := self._open.get(message.fence)) is not None:
+                    question.wanted_back = True
             case Yield():
                 self._give_back(message)
             case _:
@@ -142,6 +148,7 @@ class Leases:
         deadline_s: float | None = None,
         standing: bool = False,
         free_only: bool = False,
+        pausable: bool = False,
         model: str = "",
         pixels: int = 0,
         work: float = 1.0,
@@ -154,7 +161,7 @@ class Leases:
         asked = Acquire(
             epoch=self.epoch, number=self._last_number, request_id=request_id, phase=phase,
             ways=tuple(ways), priority=priority, deadline_s=deadline_s, standing=standing,
-            free_only=free_only,
+            free_only=free_only, pausable=pausable,
             model=model, pixels=pixels, work=work,
         )  # fmt: skip
         question = Question(asked, self.clock())
@@ -200,6 +207,7 @@ class Leases:
         """A phase is over. keep_alive_s: as for `use`. done: it came to its end."""
         assert question.granted is not None
         fence = question.granted.fence
+        self._open.pop(fence, None)
         self.send(Release(epoch=self.epoch, fence=fence, keep_alive_s=keep_alive_s, done=done))
 
     def gave(self, tenant: str, held_bytes: int) -> None:
@@ -272,6 +280,8 @@ class Leases:
             log.error("a lease that nobody asked for: %s", message)
             return
         question.granted = message
+        if question.asked.pausable:
+            self._open[message.fence] = question
         if message.number in self._unwanted:
             self._unwanted.discard(message.number)
             self.release(question)

@@ -15,8 +15,8 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from worker.vram.peak import Peak, Question
 
 CLIP_TOKENS = 77  # positions of either of SDXL's text encoders
+PICTURE_WIDTH = 1024  # of what an IP-Adapter is told of a picture, which is small beside all else
 UMT5_TOKENS = 512
 WAN_LATENT_FRAMES = 4  # frames of a video per latent frame, after the first
 
@@ -80,21 +81,40 @@ def measure(question: Question) -> Peak:
 
 
 def peak_of(module: nn.Module, question: Question) -> int:
-    """Bytes alive at the worst moment of one forward, inputs included, weights not."""
-    with LiveBytes([*module.parameters(), *module.buffers()]) as live:
-        _CALLS[question.part](module, question)
-    return int(live.peak)
+    """Bytes alive at the worst moment of one forward, inputs included, weights not, nor those of
+    adapters."""
+    with _adapted(module, question) as added:
+        with LiveBytes([*module.parameters(), *module.buffers(), *added]) as live:
+            _CALLS[question.part](module, question)
+        return int(live.peak)
+
+
+@contextmanager
+def _adapted(module: nn.Module, q: Question) -> Iterator[list[torch.Tensor]]:
+    """Within it a part of SDXL computes with a LoRA on each of its layers and with an IP-Adapter,
+    where it is asked for them. Gives weights that are not the module's."""
+    from worker.engine.media.loras import Scaled, hooked
+
+    layers = {}
+    if q.rank:
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                weight = layer.weight
+                down = weight.new_empty(q.rank, *weight.shape[1:])
+                up = weight.new_empty(weight.shape[0], q.rank, *[1] * (weight.dim() - 2))
+                layers[name] = [Scaled(down, up, 1.0, 2.0)]
+    with ExitStack() as stack:
+        stack.enter_context(hooked(module, layers))
+        if q.picture_tokens:
+            stack.enter_context(_reading_a_picture(module, q))
+        yield [tensor for [one] in layers.values() for tensor in (one.down, one.up)]
 
 
 def build(question: Question) -> nn.Module:
     """The module of a part, with random weights (none under a FakeTensorMode)."""
     dtype = getattr(torch, question.dtype)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with _default_dtype(dtype):
         module: nn.Module = _BUILDERS[question.part](question.config)
-    finally:
-        torch.set_default_dtype(before)
     kept = _kept_in_float32(module, dtype)
     if kept:
         for name, parameter in module.named_parameters():
@@ -103,6 +123,16 @@ def build(question: Question) -> nn.Module:
     if question.tiled:
         module.enable_tiling()  # type: ignore[operator]
     return module.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _kept_in_float32(module: Any, dtype: torch.dtype) -> set[str]:
@@ -138,6 +168,34 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
         else:
             found.append(one)
     return found
+
+
+@contextmanager
+def _reading_a_picture(unet: Any, q: Question) -> Iterator[None]:
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    width = unet.config.cross_attention_dim
+    before = dict(unet.attn_processors)
+    with _default_dtype(getattr(torch, q.dtype)):
+        made = {
+            name: IPAdapterAttnProcessor2_0(
+                unet.get_submodule(name.removesuffix(".processor")).to_k.out_features,
+                width,
+                num_tokens=[q.picture_tokens],
+            )
+            for name in before
+            if name.endswith("attn2.processor")
+        }
+        layer = ImageProjection(PICTURE_WIDTH, width, q.picture_tokens)
+    unet.set_attn_processor({**before, **made})
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([layer])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    try:
+        yield
+    finally:
+        unet.encoder_hid_proj = unet.config.encoder_hid_dim_type = None
+        unet.set_attn_processor(before)
 
 
 # --- what is built -------------------------------------------------------------------------------
@@ -188,17 +246,21 @@ def _denoise_image(unet: Any, q: Question) -> Any:
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * (
         unet.config.addition_time_embed_dim
     )
+    more = {}
+    if q.picture_tokens:
+        more["image_embeds"] = [torch.empty(batch, 1, PICTURE_WIDTH, dtype=dtype)]
     return unet(
         sample=torch.empty(
             batch, unet.config.in_channels, q.height // 8, q.width // 8, dtype=dtype
         ),
         timestep=torch.tensor(5.0),
         encoder_hidden_states=torch.empty(
-            batch, CLIP_TOKENS, unet.config.cross_attention_dim, dtype=dtype
+            batch, q.tokens or CLIP_TOKENS, unet.config.cross_attention_dim, dtype=dtype
         ),
         added_cond_kwargs={
             "text_embeds": torch.empty(batch, pooled, dtype=dtype),
             "time_ids": torch.empty(batch, 6, dtype=dtype),
+            **more,
         },
         return_dict=False,
     )
@@ -211,6 +273,11 @@ def _decode_image(vae: Any, q: Question) -> Any:
         dtype=getattr(torch, q.dtype),
     )  # fmt: skip
     return vae.decode(latent, return_dict=False)
+
+
+def _encode_image(vae: Any, q: Question) -> Any:
+    pixels = torch.empty(q.batch, 3, q.height, q.width, dtype=getattr(torch, q.dtype))
+    return vae.encode(pixels).latent_dist
 
 
 def _encode_clip(encoder: Any, q: Question) -> Any:
@@ -282,6 +349,7 @@ def latent_frames(frames: int) -> int:
 _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "unet": _diffusers("UNet2DConditionModel"),
     "vae": _diffusers("AutoencoderKL"),
+    "image_vae_encoder": _diffusers("AutoencoderKL"),
     "text_encoder": _transformers("CLIPTextModel"),
     "text_encoder_2": _transformers("CLIPTextModelWithProjection"),
     "transformer": _diffusers("WanTransformer3DModel"),
@@ -293,6 +361,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 _CALLS: dict[str, Callable[[Any, Question], Any]] = {
     "unet": _denoise_image,
     "vae": _decode_image,
+    "image_vae_encoder": _encode_image,
     "text_encoder": _encode_clip,
     "text_encoder_2": _encode_clip,
     "transformer": _denoise_video,

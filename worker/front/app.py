@@ -20,8 +20,6 @@ from worker.front import errors, health, media, memory, metrics, plan
 from worker.front.admission import Admission
 from worker.front.auth import LEVELS, Gate, Level
 from worker.front.drain import Drainer
-from worker.jobs.runner import JobRunner
-from worker.jobs.table import JobTable
 from worker.log import set_request_id
 from worker.protocol.link import Link
 from worker.vram.planner import Sizer
@@ -86,8 +84,7 @@ def create_media_app(
     front: Front,
     admission: Admission,
     link: Link,
-    table: JobTable,
-    runner: JobRunner,
+    desk: media.JobDesk,
 ) -> Flask:
     """Port 7860. `link` leads to the media engine; `front.chat_link` serves raw completion."""
     app, registry = _base(front, "media")
@@ -97,20 +94,20 @@ def create_media_app(
         catalog,
         front.settings.limits,
         front.settings.media.exactness,
-        table,
-        runner,
+        front.settings.media.max_waiting,
+        desk,
         Admission(MAX_WATCHERS),
     )
     reporter = health.Reporter(catalog, link, front.drainer)
-    registry.register(metrics.EngineMetrics(reporter, admission, table))
+    registry.register(metrics.EngineMetrics(reporter, admission, desk.journal))
     registry.register(metrics.LedgerMetrics(front.ask))
-    app.register_blueprint(health.media_blueprint(reporter, table, _endpoints(app)))
-    app.register_blueprint(health.status_blueprint(reporter, table))
+    app.register_blueprint(health.media_blueprint(reporter, desk.journal, _endpoints(app)))
+    app.register_blueprint(health.status_blueprint(reporter, desk.journal))
     app.register_blueprint(health.debug_blueprint())
     completion = chat_routes.ChatService(
         front.chat_link, admission, metrics.ChatMetrics(registry).observe
     )
-    app.register_blueprint(media.blueprint(service, runner, parser, completion))
+    app.register_blueprint(media.blueprint(service, parser, completion))
     app.register_blueprint(memory.blueprint(reporter, front.ask, default="all"))
     app.register_blueprint(plan.blueprint(_planning(front)))
     app.register_blueprint(metrics.blueprint(registry))

@@ -16,10 +16,11 @@ from flask.typing import ResponseReturnValue
 
 from worker import __version__
 from worker.catalog import Catalog
+from worker.errors import JournalUnavailable
 from worker.front import errors
 from worker.front.chat import KNOWN_KEYS, ChatStats
 from worker.front.drain import Drainer
-from worker.jobs.table import JobTable
+from worker.jobs.journal import Journal
 from worker.jobs.types import JOB_TYPES
 from worker.protocol.link import EngineView, Link
 from worker.protocol.messages import ModelState
@@ -192,16 +193,17 @@ def chat_blueprint(
 
 
 def media_blueprint(
-    reporter: Reporter, table: JobTable, endpoints: Callable[[], list[str]]
+    reporter: Reporter, journal: Journal, endpoints: Callable[[], list[str]]
 ) -> Blueprint:
     """GET /health, /worker/info and / of the image and video port."""
     bp = Blueprint("health", __name__)
 
     @bp.get("/health")
     def health_route() -> ResponseReturnValue:
-        counts = table.counts()
+        counts, problem = _job_counts(journal)
         return reporter.health(
             {
+                "journal": problem or "ok",
                 "endpoints": endpoints(),
                 "capabilities": MEDIA_CAPABILITIES,
                 "sdxl_model_loaded": _kind_loaded(reporter, "sdxl"),
@@ -222,7 +224,7 @@ def media_blueprint(
             "models": reporter.models_body(),
             "job_types": sorted(JOB_TYPES),
             "endpoints": endpoints(),
-            "jobs": table.counts(),
+            "jobs": _job_counts(journal)[0],
         }
 
     @bp.get("/")
@@ -232,7 +234,7 @@ def media_blueprint(
     return bp
 
 
-def status_blueprint(reporter: Reporter, table: JobTable) -> Blueprint:
+def status_blueprint(reporter: Reporter, journal: Journal) -> Blueprint:
     """GET /status of the image and video port: what is being worked on."""
     bp = Blueprint("status", __name__)
 
@@ -246,7 +248,7 @@ def status_blueprint(reporter: Reporter, table: JobTable) -> Blueprint:
             "batch_support": [1, 3, 6],
             "quality_tiers": ["fast", "high"],
             "thumbnail_generation": True,
-            "jobs": table.counts(),
+            "jobs": _job_counts(journal)[0],
             "engine_active": state.active if state is not None else 0,
             "engine_waiting": state.waiting if state is not None else 0,
         }
@@ -291,6 +293,14 @@ def chat_loaded(reporter: Reporter) -> dict[str, Any]:
     instruct, base = reporter.is_loaded("qwen_instruct"), reporter.is_loaded("qwen_base")
     active = "instruct" if instruct else "base" if base else None
     return {"instruct_loaded": instruct, "base_loaded": base, "active_model_type": active}
+
+
+def _job_counts(journal: Journal) -> tuple[dict[str, int], str | None]:
+    """Jobs by status, and why they cannot be counted: the port answers all the same."""
+    try:
+        return journal.counts(), None
+    except JournalUnavailable as exc:
+        return {}, str(exc)
 
 
 def _kind_loaded(reporter: Reporter, kind: str) -> bool:

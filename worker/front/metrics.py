@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -12,11 +13,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from worker.errors import JournalUnavailable
 from worker.front.admission import Admission
 from worker.front.health import Reporter
-from worker.jobs.table import JobTable
+from worker.jobs.journal import Journal
 from worker.protocol.control import Query
 from worker.protocol.messages import Generated, LedgerQuery, LedgerReport, Message
+
+log = logging.getLogger(__name__)
 
 # Seconds: /health is below the first, a video above the last but one.
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 90)
@@ -81,10 +85,10 @@ class ChatMetrics:
 class EngineMetrics(Collector):
     """What the engine last said of itself, read when somebody scrapes."""
 
-    def __init__(self, reporter: Reporter, admission: Admission, table: JobTable | None):
+    def __init__(self, reporter: Reporter, admission: Admission, journal: Journal | None):
         self._reporter = reporter
         self._admission = admission
-        self._table = table
+        self._journal = journal
 
     def collect(self) -> Iterator[Metric]:
         state = self._reporter.link.view.state
@@ -94,11 +98,20 @@ class EngineMetrics(Collector):
             "Requests of this port that run or wait.",
             self._admission.taken,
         )
-        if self._table is not None:
+        if self._journal is not None:
             jobs = GaugeMetricFamily("verbatim_jobs", "Jobs by status.", labels=["status"])
-            for status, count in self._table.counts().items():
-                jobs.add_metric([status], count)
+            outbox = GaugeMetricFamily(
+                "verbatim_outbox", "Deliveries by state, and open uploads.", labels=["state"]
+            )
+            try:
+                for status, count in self._journal.counts().items():
+                    jobs.add_metric([status], count)
+                for state_, count in self._journal.outbox_counts().items():
+                    outbox.add_metric([state_], count)
+            except JournalUnavailable:
+                log.exception("jobs cannot be counted")
             yield jobs
+            yield outbox
         if state is None:
             return
         yield _gauge("verbatim_engine_waiting", "Requests waiting in the engine.", state.waiting)

@@ -17,8 +17,12 @@ from worker.front.admission import Admission
 from worker.front.app import Front, create_chat_app, create_media_app, places
 from worker.front.control import FrontControl
 from worker.front.drain import Drainer
-from worker.jobs.runner import JobRunner
-from worker.jobs.table import JobTable
+from worker.front.media import JobDesk
+from worker.jobs.bell import Bell
+from worker.jobs.board import Board
+from worker.jobs.journal import JOBS_FOLDER, Journal
+from worker.jobs.results import RESULTS_FOLDER, Results
+from worker.jobs.watch import RUNNER, RunnerWatch
 from worker.protocol.control import ask_orchestrator
 from worker.protocol.link import Link
 from worker.protocol.transport import socket_path
@@ -67,21 +71,15 @@ def build() -> Flask:
             return admission.taken
     else:
         media_link = links["engine media"] = link("engine media")
-        # The runner is made after the table, and the table drops files through it.
-        table = JobTable(
-            settings.media.max_waiting,
-            settings.media.keep_finished,
-            lambda job: runner.forget(job),
-        )
-        runner = JobRunner(table, media_link, settings.state_dir)
-        runner.start()
-        app = create_media_app(front, admission, media_link, table, runner)
+        bell = Bell()
+        folder = settings.state_dir / JOBS_FOLDER
+        journal, board = Journal(folder, bell), Board(bell)
+        watch = RunnerWatch(context, socket_path(settings.state_dir, RUNNER), me, board, bell.ring)
+        desk = JobDesk(journal, board, bell, Results(folder / RESULTS_FOLDER), watch.look)
+        app = create_media_app(front, admission, media_link, desk)
 
         def unfinished() -> int:
-            counts = table.counts()
-            # Without an engine nothing queued can run; a drain need not wait for it.
-            queued = counts["queued"] if media_link.view.state is not None else 0
-            return admission.taken + queued + counts["processing"]
+            return admission.taken  # jobs are in the journal, and the runner's to finish
 
     FrontControl(socket_path(settings.state_dir, me), me, front.drainer, links, unfinished)
     return app

@@ -11,42 +11,40 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
+
+import msgspec
 
 from worker.catalog import Catalog, ModelSpec
 from worker.config import Limits
 from worker.errors import InvalidRequest, OutOfRange, Unsupported
 from worker.jobs import types
-from worker.jsonvalues import (
-    keep_alive_s,
-    real_number,
-    refuse_lone_surrogates,
-    shown_key,
-    whole_number,
-    within,
+from worker.jobs.fields import (
+    CONFIG,
+    EVERYWHERE,
+    ROOT,
+    Fields,
+    checked_length,
+    is_http_url,
+    is_null_or_false,
 )
-from worker.protocol.messages import RenderParams
+from worker.jobs.pictures import Pictures, read_pictures
+from worker.jobs.pictures import Wanted as Wanted
+from worker.jobs.weights import read_loras, read_terms
+from worker.jsonvalues import keep_alive_s, whole_number, within
+from worker.protocol.messages import RenderParams, WeightedTerm
 from worker.vram.ways import EXACTNESS
 
 PRIORITIES = (-10, 10)  # of device memory; higher goes first
+MAX_WEBHOOK_CHARS = 2048
+MAX_SECRET_CHARS = 256
 
-# Keys that ask for a picture to start from, or for weights on words. Doing the job without them
-# would be another job.
-_REFERENCE_KEYS = (
-    "reference_image_url",
-    "start_reference_url",
-    "end_reference_url",
-    "first_frame",
-    "last_frame",
-    "image",
-)
-_FLAG_KEYS = ("exact_copy_mode", "compel_enabled", "loras")
-
-T = TypeVar("T")
+_STEPS = ("num_inference_steps", "steps", "sample_steps")
+_GUIDANCE = ("guidance_scale", "sample_guide_scale")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_USER_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,128}")  # a folder's name in storage
 _SIZE = re.compile(r"(\d{1,5})\s*[xX*×]\s*(\d{1,5})")
 
 
@@ -63,8 +61,14 @@ class JobRequest:
     exactness: str = "bit"  # the least that will do
     priority: int = 0
     keep_alive_s: float | None = None
-    adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
+    # What runs otherwise than it was sent: {name: {"sent": value, "used": value}}.
+    adjusted: dict[str, dict[str, Any]] = field(default_factory=dict)
     body: str = ""  # fingerprint of what arrived, to tell a repeat from another job
+    references: tuple[Wanted, ...] = ()
+    job_type_given: str = ""  # the type as the client spells it
+    user_id: str | None = None
+    webhook_url: str | None = None
+    webhook_secret: str | None = field(default=None, repr=False)
 
 
 def decode_job(body: Any, catalog: Catalog, limits: Limits, exactness: str = "bit") -> JobRequest:
@@ -78,36 +82,27 @@ def decode_job(body: Any, catalog: Catalog, limits: Limits, exactness: str = "bi
 
 
 class _Decoder:
-    """One body being read; remembers which keys were used."""
+    """One body being read."""
 
     def __init__(self, body: dict[str, Any], catalog: Catalog, limits: Limits, exactness: str):
         self._body = body
+        self._fields = Fields(body)
         self._catalog = catalog
         self._limits = limits
         self._least = exactness
-        self._config = _table(body, "config")
-        self._metadata = _table(body, "metadata")
-        self._used: set[str] = {"config", "metadata"}
-        self._adjusted: dict[str, dict[str, int]] = {}
+        self._adjusted: dict[str, dict[str, Any]] = {}
 
     def job(self) -> JobRequest:
-        type_name, job_type = self._type()
+        type_name, given, job_type = self._type()
         spec = self._model(job_type)
-        self._refuse_what_is_not_done()
-        prompt = self._text("prompt")
-        if prompt is None:
-            raise InvalidRequest("prompt is missing; it must be a string")
-        self._check_length("prompt", prompt)
-        negative = self._text("negative_prompt")
-        if negative is not None:
-            self._check_length("negative_prompt", negative)
+        pictures = read_pictures(self._fields, spec, job_type)
         width, height = self._size(spec, job_type)
-        num_images = self._integer("num_images", "batch_size", default=1)
+        num_images = self._fields.integer("num_images", "batch_size", default=1)
         most_images = self._limits.images if job_type.kind == "sdxl" else 1
         within("num_images", num_images, 1, most_images)
         params = RenderParams(
-            prompt=prompt,
-            negative_prompt=negative,
+            prompt=self._prompt(pictures),
+            negative_prompt=self._text("negative_prompt", tables=(ROOT, CONFIG)),
             width=width,
             height=height,
             steps=self._steps(job_type),
@@ -118,7 +113,14 @@ class _Decoder:
             fps=self._fps(job_type),
             scheduler=self._scheduler(job_type),
             shift=self._shift(job_type),
+            mode=pictures.mode,
+            strength=pictures.strength,
+            weighted=self._weighted(job_type),
+            loras=read_loras(self._fields.asked("loras"), spec, self._fields.ignore),
         )
+        if pictures.mode == "copy":
+            params = self._exact_copy(params, pictures)
+        webhook_url, webhook_secret = self._webhook()
         return JobRequest(
             job_id=self._job_id(),
             type=type_name,
@@ -126,34 +128,46 @@ class _Decoder:
             output=job_type.output,
             params=params,
             exactness=self._exactness(),
-            priority=within("priority", self._integer("priority", default=0), *PRIORITIES),
-            keep_alive_s=keep_alive_s(self._first("keep_alive")),
-            ignored=self._ignored(),
+            priority=within("priority", self._fields.integer("priority", default=0), *PRIORITIES),
+            keep_alive_s=keep_alive_s(self._fields.first("keep_alive")),
+            references=pictures.wanted,
+            job_type_given=given,
+            user_id=self._user_id(),
+            webhook_url=webhook_url,
+            webhook_secret=webhook_secret,
+            ignored=self._fields.ignored(),
             adjusted=self._adjusted,
             body=_fingerprint(self._body),
         )
 
-    # --- what is made --------------------------------------------------------------------------
+    # --- what is made, and for whom ------------------------------------------------------------
 
-    def _type(self) -> tuple[str, types.JobType]:
-        given = self._first("type", "job_type", tables=("",))
+    def _type(self) -> tuple[str, str, types.JobType]:
+        """The type, as the client spells it, and its defaults.
+
+        The producer of existing clients writes its own spelling into `job_type` and another into
+        `type`, which counts.
+        """
+        given = self._fields.text("type", tables=(ROOT,))
+        named = self._fields.text("job_type", tables=(ROOT,))
         if given is None:
-            video = any(self._has(key) for key in ("frames", "frame_num", "fps"))
-            given = "video" if video else "image"
-        if not isinstance(given, str):
-            raise InvalidRequest("type must be a string")
+            given = named
+        if given is None:
+            given = "video" if self._fields.has("frames", "frame_num", "fps") else "image"
         name = types.SPELLINGS.get(given, given)
         if name not in types.JOB_TYPES:
-            known = ", ".join([*types.JOB_TYPES, *types.SPELLINGS])
-            raise Unsupported(f"this type is unknown; known: {known}")
-        return name, types.JOB_TYPES[name]
+            raise Unsupported(_no_type_of_ours(name))
+        if named is None:
+            named = given
+        elif types.SPELLINGS.get(named, named) != name:
+            self._fields.release("job_type")
+            named = given
+        return name, named, types.JOB_TYPES[name]
 
     def _model(self, job_type: types.JobType) -> ModelSpec:
-        given = self._first("model", tables=("",))
+        given = self._fields.text("model", tables=(ROOT,))
         if given is None:
             return self._catalog.default(job_type.kind)
-        if not isinstance(given, str):
-            raise InvalidRequest("model must be a string")
         spec = self._catalog.find(given)
         if spec.kind != job_type.kind:
             raise Unsupported(
@@ -161,20 +175,8 @@ class _Decoder:
             )
         return spec
 
-    def _refuse_what_is_not_done(self) -> None:
-        for table, values in self._tables():
-            for key in (*_REFERENCE_KEYS, *_FLAG_KEYS):
-                if key not in values:
-                    continue
-                name = f"{table}.{key}" if table else key
-                if values[key]:
-                    raise Unsupported(
-                        f"{name} is not supported by this version; send the job without it"
-                    )
-                self._used.add(name)  # false, null or empty asks for nothing
-
     def _job_id(self) -> str | None:
-        given = self._first("id", "job_id", tables=("",))
+        given = self._fields.first("id", "job_id", tables=(ROOT,))
         if given is None:
             return None
         if not isinstance(given, str) or not _ID.fullmatch(given):
@@ -184,14 +186,102 @@ class _Decoder:
             )
         return given
 
+    def _user_id(self) -> str | None:
+        given = self._fields.first("user_id", tables=(ROOT,))
+        if given is None:
+            return None
+        if not isinstance(given, str) or not _USER_ID.fullmatch(given):
+            raise InvalidRequest(
+                "user_id must be 1 to 128 letters, digits, dots, dashes or underscores, and not "
+                "only one or two dots"
+            )
+        return given
+
+    def _webhook(self) -> tuple[str | None, str | None]:
+        url = self._fields.text("webhook_url")
+        secret = self._fields.text("webhook_secret")
+        if url is not None:
+            checked_length("webhook_url", url, MAX_WEBHOOK_CHARS)
+            if not is_http_url(url):
+                raise InvalidRequest("webhook_url must be an http or https URL")
+        if secret is not None:
+            if url is None:
+                raise InvalidRequest("webhook_secret needs a webhook_url")
+            checked_length("webhook_secret", secret, MAX_SECRET_CHARS)
+            if not secret:
+                raise InvalidRequest("webhook_secret is empty; leave it out or send one")
+        return url, secret
+
+    # --- texts ---------------------------------------------------------------------------------
+
+    def _prompt(self, pictures: Pictures) -> str:
+        prompt = self._text("prompt")
+        if prompt is not None:
+            return prompt
+        if pictures.mode == "copy":  # which has none
+            return ""
+        raise InvalidRequest("prompt is missing; it must be a string")
+
+    def _text(self, key: str, tables: tuple[str, ...] = (CONFIG, ROOT)) -> str | None:
+        text = self._fields.text(key, tables=tables)
+        if text is not None:
+            checked_length(key, text, self._limits.prompt_chars)
+        return text
+
+    def _weighted(self, job_type: types.JobType) -> tuple[WeightedTerm, ...]:
+        if not self._fields.flag("compel_enabled"):
+            return ()
+        terms = read_terms(self._fields.asked("compel_weights"))
+        if not terms:
+            self._fields.release("compel_enabled", "compel_weights")
+        elif job_type.kind != "sdxl":
+            raise Unsupported(
+                "compel_weights are for images of kind sdxl; send the job without compel_enabled"
+            )
+        return terms
+
+    # --- exact copy ----------------------------------------------------------------------------
+
+    def _exact_copy(self, params: RenderParams, pictures: Pictures) -> RenderParams:
+        """The one mode that changes what was sent, as the wire contract has it; all of it is
+        listed."""
+        asked = params.strength or 0.0
+        strength = min(asked, types.COPY_MOST_DENOISE)
+        least, most = types.COPY_STEPS
+        copied = msgspec.structs.replace(
+            params,
+            prompt="",
+            negative_prompt=None,
+            steps=min(max(int(strength * 100), least), most),
+            guidance_scale=types.COPY_GUIDANCE,
+            strength=strength,
+            weighted=(),
+        )
+        first = self._fields.first
+        self._adjust("prompt", first("prompt"), "")
+        self._adjust("negative_prompt", params.negative_prompt, None)
+        if first(*_STEPS) is not None:
+            self._adjust("steps", params.steps, copied.steps)
+        if first(*_GUIDANCE) is not None:
+            self._adjust("guidance_scale", params.guidance_scale, copied.guidance_scale)
+        if pictures.strength_was_sent:
+            self._adjust("denoise_strength", asked, strength)
+        if params.weighted:
+            self._adjust("compel_weights", first("compel_weights"), None)
+        return copied
+
+    def _adjust(self, name: str, sent: Any, used: Any) -> None:
+        if sent is not None and sent != used:
+            self._adjusted[name] = {"sent": sent, "used": used}
+
     # --- numbers -------------------------------------------------------------------------------
 
     def _size(self, spec: ModelSpec, job_type: types.JobType) -> tuple[int, int]:
         keys = ("size",) if job_type.kind == "wan" else ("resolution", "size")
-        pair = self._first(*keys)
+        pair = self._fields.first(*keys)
         width, height = _parse_size(pair) if pair is not None else spec.default_size
-        width = self._integer("width", default=width)
-        height = self._integer("height", default=height)
+        width = self._fields.integer("width", default=width)
+        height = self._fields.integer("height", default=height)
         step, least = types.SIZE_STEP[job_type.kind], types.MIN_SIDE[job_type.kind]
         pixels = self._limits.image_pixels
         if job_type.kind == "wan":
@@ -210,19 +300,18 @@ class _Decoder:
 
     def _steps(self, job_type: types.JobType) -> int:
         # Called "steps" in errors, where no "inf" may stand.
-        given = self._first("num_inference_steps", "steps", "sample_steps")
-        steps = whole_number("steps", given, job_type.steps)
+        steps = whole_number("steps", self._fields.first(*_STEPS), job_type.steps)
         return within("steps", steps, 1, self._limits.steps)
 
     def _guidance(self, job_type: types.JobType) -> float:
-        guidance = self._number(
-            "guidance_scale", "sample_guide_scale", default=job_type.guidance_scale
-        )
+        guidance = self._fields.number(*_GUIDANCE, default=job_type.guidance_scale)
         return within("guidance_scale", guidance, *types.GUIDANCE_RANGE)
 
     def _seed(self, num_images: int) -> int:
+        # Clients send false for a seed that is not locked; 0 is a seed.
+        given = self._fields.first("seed", tables=EVERYWHERE, absent=is_null_or_false)
         most = types.MAX_SEED - (num_images - 1)
-        seed = self._integer("seed", default=None, tables=("config", "", "metadata"))
+        seed = whole_number("seed", given, None)
         if seed is None:
             return secrets.randbelow(most + 1)
         return within("seed", seed, 0, most)
@@ -230,7 +319,7 @@ class _Decoder:
     def _frames(self, spec: ModelSpec, job_type: types.JobType) -> int:
         if job_type.output != "video":
             return 1
-        asked = self._integer("frames", "frame_num", default=spec.default_frames)
+        asked = self._fields.integer("frames", "frame_num", default=spec.default_frames)
         frames = types.FRAMES_ON_THE_WIRE.get(asked, asked)
         most = self._limits.frames
         if frames % 4 != 1 or not 1 <= frames <= most:
@@ -238,19 +327,18 @@ class _Decoder:
                 f"frames is {asked}; allowed: 4n + 1 from 1 to {most}, such as "
                 f"{', '.join(str(n) for n in range(1, most + 1, 4)[-3:])}"
             )
-        if frames != asked:
-            self._adjusted["frames"] = {"sent": asked, "used": frames}
+        self._adjust("frames", asked, frames)
         return frames
 
     def _fps(self, job_type: types.JobType) -> int:
         if job_type.output != "video":
             return 16
-        return within("fps", self._integer("fps", default=16), *types.FPS_RANGE)
+        return within("fps", self._fields.integer("fps", default=16), *types.FPS_RANGE)
 
     def _scheduler(self, job_type: types.JobType) -> str | None:
         wan = job_type.kind == "wan"
         keys = ("scheduler", "sample_solver") if wan else ("scheduler",)
-        given = self._first(*keys)
+        given = self._fields.first(*keys)
         if given is None:
             return types.WAN_SCHEDULER if wan else None
         if given not in types.SCHEDULERS[job_type.kind]:
@@ -261,65 +349,27 @@ class _Decoder:
     def _shift(self, job_type: types.JobType) -> float | None:
         if job_type.kind != "wan":
             return None
-        shift = self._number("shift", "sample_shift", default=types.WAN_SHIFT)
+        shift = self._fields.number("shift", "sample_shift", default=types.WAN_SHIFT)
         return within("shift", shift, *types.SHIFT_RANGE)
 
     def _exactness(self) -> str:
-        given = self._first("exactness")
+        given = self._fields.first("exactness")
         if given is None:
             return self._least
         if given not in EXACTNESS:
             raise Unsupported(f"exactness must be one of {', '.join(EXACTNESS)}")
         return str(given)
 
-    # --- reading -------------------------------------------------------------------------------
 
-    def _tables(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        return ("config", self._config), ("", self._body), ("metadata", self._metadata)
-
-    def _first(self, *keys: str, tables: tuple[str, ...] = ("config", "")) -> Any:
-        """The first value that is there and not null, by table and then by key; all these keys
-        count as used."""
-        found = None
-        for table, values in self._tables():
-            if table not in tables:
-                continue
-            for key in keys:
-                if key in values:
-                    self._used.add(f"{table}.{key}" if table else key)
-                    if found is None:
-                        found = values[key]
-        return found
-
-    def _has(self, key: str) -> bool:
-        return self._config.get(key) is not None or self._body.get(key) is not None
-
-    def _text(self, key: str) -> str | None:
-        value = self._first(key)
-        if value is not None and not isinstance(value, str):
-            raise InvalidRequest(f"{key} must be a string")
-        return value
-
-    def _check_length(self, key: str, text: str) -> None:
-        refuse_lone_surrogates(key, text)
-        if len(text) > self._limits.prompt_chars:
-            raise OutOfRange(
-                f"{key} has {len(text)} characters; allowed: at most {self._limits.prompt_chars}"
-            )
-
-    def _integer(self, *keys: str, default: T, tables: tuple[str, ...] = ("config", "")) -> int | T:
-        return whole_number(keys[0], self._first(*keys, tables=tables), default)
-
-    def _number(self, *keys: str, default: float) -> float:
-        return real_number(keys[0], self._first(*keys), default)
-
-    def _ignored(self) -> tuple[str, ...]:
-        names = (
-            (f"{table}.{key}" if table else key, f"{table}.{shown_key(key)}".removeprefix("."))
-            for table, values in self._tables()
-            for key in values
-        )
-        return tuple(sorted(shown for name, shown in names if name not in self._used))
+def _no_type_of_ours(name: str) -> str:
+    """Where a type is done that is not in the table; or that it is unknown."""
+    if name in types.CHAT_TYPES:
+        return "chat is no job: send its messages to POST /chat or /enhance of the chat port"
+    if name.startswith(types.OTHER_PROVIDERS):
+        prefixes = " and ".join(types.OTHER_PROVIDERS)
+        return f"types that begin with {prefixes} belong to other providers and are not made here"
+    known = ", ".join([*types.JOB_TYPES, *types.SPELLINGS])
+    return f"this type is unknown; known: {known}"
 
 
 def _fingerprint(body: dict[str, Any]) -> str:
@@ -336,12 +386,3 @@ def _parse_size(value: Any) -> tuple[int, int]:
     if match is None:
         raise InvalidRequest('a size must be written as "WIDTHxHEIGHT", such as "1024x1024"')
     return int(match[1]), int(match[2])
-
-
-def _table(body: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = body.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{key} must be an object")
-    return value

@@ -37,6 +37,9 @@ SPELLINGS = {
     "image": "sdxl_image_fast",
     "video": "video_fast",
 }
+# Types of existing clients whose work is done elsewhere.
+CHAT_TYPES = ("chat_enhance", "chat_conversation", "chat_unrestricted", "admin_utilities")
+OTHER_PROVIDERS = ("rv51_", "fal_")  # what their types begin with
 
 # Both sides of a picture are multiples of this: SDXL's VAE shrinks by 8; WAN's by 8, and its
 # transformer takes patches of 2 x 2.
@@ -60,3 +63,19 @@ SCHEDULERS = {
 # The wire contract's solver and flow shift for every WAN type.
 WAN_SCHEDULER = "dpm++"
 WAN_SHIFT = 5.0
+
+# Image to image: the share of the noise that a picture gets. The default is the wire contract's.
+# Below the least, a schedule would need more steps than the 1000 of the models' training to leave
+# the picture one; 0 is the picture itself.
+DEFAULT_DENOISE = 0.5
+LEAST_DENOISE = 0.001
+# Exact copy, the only mode that changes what was sent: at most this share, this guidance, and
+# between so many steps, by the wire contract's formula.
+COPY_MOST_DENOISE = 0.05
+COPY_GUIDANCE = 1.0
+COPY_STEPS = (6, 10)
+
+# Clients offer 0.1 to 2 for terms; 0 leaves the term's meaning out.
+TERM_WEIGHT_RANGE = (0.0, 2.0)
+LORA_WEIGHT_RANGE = (-2.0, 2.0)  # below 0 turns a LoRA's effect round
+MAX_LORAS = 8

@@ -304,6 +304,8 @@ class AssetFile(msgspec.Struct, frozen=True, kw_only=True):
     frames: int | None = None
     fps: int | None = None
     duration_s: float | None = None
+    thumbnail_sha256: str = ""  # filled in when it is published
+    thumbnail_bytes: int = 0
 
 
 class JobRendered(Message, frozen=True, kw_only=True):
@@ -313,6 +315,22 @@ class JobRendered(Message, frozen=True, kw_only=True):
     assets: tuple[AssetFile, ...]
     receipt: dict[str, Any]
     seconds: dict[str, float]  # per phase
+
+
+class JobNews(Message, frozen=True, kw_only=True):
+    """From the runner to the fronts: where a job is. Its row in the journal has the rest."""
+
+    request_id: str  # the job id
+    phase: str | None  # None: it runs no more, and its row has changed
+    step: int = 0
+    steps: int = 0
+    left_s: float | None = None
+    image: int = 0
+    preview: bytes = b""
+
+
+class LookAgain(Message, frozen=True, kw_only=True):
+    """From a front to the runner: there is a job or a wish in the journal that it has not seen."""
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -386,6 +404,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     deadline_s: float | None = None  # refused when it has waited so long
     standing: bool = False  # kept when it is not used, until somebody else needs it
     free_only: bool = False  # refused at once where anything would have to move for it
+    pausable: bool = False  # its work can be left between two steps and gone on with: `Pause`
     model: str = ""  # of a phase whose seconds are worth learning
     pixels: int = 0  # of all its frames; 0: not to be learned from
     work: float = 1.0  # what its seconds are proportional to beside them, such as steps
@@ -446,6 +465,13 @@ class Release(Message, frozen=True, kw_only=True):
     fence: int
     done: bool = True  # it came to its end; else its seconds say nothing
     keep_alive_s: float | None = None  # as in Use
+
+
+class Pause(Message, frozen=True, kw_only=True):
+    """To the holder of a pausable lease: release it after the current step, because a request of
+    higher priority waits, and ask again for what is left to do."""
+
+    fence: int
 
 
 class Yield(Message, frozen=True, kw_only=True):
@@ -592,6 +618,8 @@ AnyMessage = (
     | RenderJob
     | Progress
     | JobRendered
+    | JobNews
+    | LookAgain
     | LoadModel
     | UnloadModel
     | ModelChanged
@@ -604,6 +632,7 @@ AnyMessage = (
     | Brought
     | Use
     | Release
+    | Pause
     | Yield
     | Yielded
     | ExplainQuery

@@ -34,13 +34,15 @@ class Process(Protocol):
 class ChildSpec:
     """A process to keep alive."""
 
-    name: str  # role and name: "engine chat", "front media"
+    name: str  # role and name: "engine chat", "front media", "runner"
     arguments: tuple[str, ...]
     port: int | None = None  # of a front
 
     @property
-    def is_front(self) -> bool:
-        return self.port is not None
+    def is_engine(self) -> bool:
+        """It computes on the device. The others are told what happens to engines, drain, and end
+        before them."""
+        return self.name.startswith("engine ")
 
 
 class Child:

@@ -19,6 +19,8 @@ _NOT_FOR_ENGINES = (
     "SUPABASE_SERVICE_KEY",
     "SUPABASE_SERVICE_ROLE_KEY",
     "UPSTASH_REDIS_REST_TOKEN",
+    "REDIS_URL",  # has a password in it
+    "S3_SECRET_ACCESS_KEY",
     "JOB_CALLBACK_SECRET",
     "HF_TOKEN",
 )
@@ -39,6 +41,7 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
         # First, so that the ports answer before the engines' imports take the CPU.
         ChildSpec("front chat", ("-m", "worker.front", "chat", *profile), server.chat_port),
         ChildSpec("front media", ("-m", "worker.front", "media", *profile), server.media_port),
+        ChildSpec("runner", ("-m", "worker.jobs", *profile)),
         ChildSpec("engine chat", ("-m", "worker.engine", "chat", *profile)),
         ChildSpec("engine media", ("-m", "worker.engine", "media", *profile)),
     ]
@@ -62,7 +65,7 @@ class Spawner:
             return subprocess.Popen(
                 [sys.executable, *spec.arguments],
                 cwd=REPOSITORY,
-                env=child_environment(self._environment, is_front=spec.is_front),
+                env=child_environment(self._environment, is_engine=spec.is_engine),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -84,12 +87,12 @@ class Spawner:
         return pick_cause(lines)
 
 
-def child_environment(environment: Mapping[str, str], *, is_front: bool) -> dict[str, str]:
+def child_environment(environment: Mapping[str, str], *, is_engine: bool) -> dict[str, str]:
     """What a child gets of our environment."""
     kept = {
         name: value
         for name, value in environment.items()
-        if is_front or name not in _NOT_FOR_ENGINES
+        if not (is_engine and name in _NOT_FOR_ENGINES)
     }
     return (_PATIENT | kept) | {
         PARENT_VARIABLE: str(os.getpid()),

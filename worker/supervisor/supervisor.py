@@ -151,7 +151,7 @@ class Supervisor:
         if code is None:
             return
         child.process, child.state, child.ready_at = None, None, None
-        if not child.spec.is_front:
+        if child.spec.is_engine:
             self._memory.ended(child.name, now)
         if self.stopping:
             # One that ends before it was told to takes its running work with it.
@@ -190,19 +190,19 @@ class Supervisor:
             return
         if child.spec.port is not None:
             self._stand_in.close(child.spec.port)
-        if not child.spec.is_front:
+        if child.spec.is_engine:
             self._memory.began(child.name)
         child.process = self._spawn(child.spec)
         child.started_at = child.heard_at = now
         log.info("%s started, pid %d", child.name, child.process.pid)
 
     def _tell_fronts(self, now: float) -> None:
-        """While an engine is down its fronts know why, and when it will be tried again."""
+        """While an engine is down, whoever uses it knows why, and when it will be tried again."""
         if now - self._noticed_at < NOTICE_EVERY_S:
             return
         self._noticed_at = now
         for engine in self.children:
-            if engine.spec.is_front:
+            if not engine.spec.is_engine:
                 continue
             down = engine.process is None and not self.stopping
             notice = EngineNotice(
@@ -210,17 +210,18 @@ class Supervisor:
                 cause=engine.cause or "it has not been started" if down else None,
                 next_try_s=engine.next_try_s(now),
             )
-            for front in self.children:
-                if front.spec.is_front and front.process is not None:
-                    self._wire.send(front.name, notice)
+            for other in self.children:
+                if not other.spec.is_engine and other.process is not None:
+                    self._wire.send(other.name, notice)
 
     def _wind_down(self, now: float) -> None:
-        """Tell fronts to drain; when they have, end the fronts; then the engines."""
-        fronts = [child for child in self.children if child.spec.is_front]
+        """Tell fronts and the runner to drain; when they have, end them; then the engines."""
+        fronts = [child for child in self.children if not child.spec.is_engine]
         if self._drain_ends is None:
             self._drain_ends = now + self._grace_s
             for front in fronts:
-                self._stand_in.close(front.spec.port or 0)
+                if front.spec.port is not None:
+                    self._stand_in.close(front.spec.port)
             log.info("draining, for %.0f s at most", self._grace_s)
         if self.drained is None:
             for front in fronts:  # told until it confirms: it may have been away for a moment
@@ -253,8 +254,8 @@ class Supervisor:
 
 
 def _is_busy(front: Child) -> bool:
-    """Whether a front has work that a drain waits for. One that has not yet confirmed the drain
-    may still be taking a last request."""
+    """Whether a front or the runner has work that a drain waits for. One that has not yet confirmed
+    the drain may still be taking a last request."""
     if front.process is None or front.state is None:
         return False
     return front.state.status != "draining" or front.state.active > 0

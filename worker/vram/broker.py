@@ -13,6 +13,10 @@ A standing lease is kept while nobody else needs it, so a model that is resident
 question. Its engine says when it begins and ends to compute (`Use`); asked to yield while it does,
 it declines. Somebody who has waited PATIENCE_S for such a lease has it asked to begin nothing new
 and to yield then, which bounds the wait by the longest deadline of what runs.
+
+A lease whose work can be paused (a denoise, between two steps) is asked to end early for a more
+urgent request that cannot have room otherwise (`Pause`), once it has been held for PAUSE_AFTER_S:
+so each grant is worth a stretch of work.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from worker.protocol.messages import (
     Declare,
     Granted,
     Message,
+    Pause,
     Refused,
     Release,
     TenantSpec,
@@ -48,6 +53,7 @@ from worker.vram.policy import Ahead, Decide, Kind, Place, Plan, State
 PATIENCE_S = 10.0  # that a lease in use is waited for before it is asked to end
 DECLINED_S = 1.0  # that a tenant is left alone after its engine would not give it
 GROW_AFTER_S = 2.0  # without a question or a move, before what was shrunk grows back
+PAUSE_AFTER_S = 1.0  # that a lease is held, before it may be asked to pause for a more urgent one
 KEPT_USES = 16  # of a tenant, for the probability that it is used again soon
 KEPT_STORIES = 1000  # requests that can be explained
 KEPT_EVENTS = 200  # of each
@@ -93,6 +99,7 @@ class _Granted:
     asked: Acquire
     way: str
     brought_s: float = 0.0
+    pause_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ class Broker:
         self.ledger = Ledger(budget_bytes)
         self.counters = dict.fromkeys(
             ("granted", "refused", "withdrawn", "stale", "declined", "parked", "dropped",
-             "shrunk", "grown", "brought", "moved_bytes", "brought_bytes"), 0
+             "shrunk", "grown", "brought", "paused", "moved_bytes", "brought_bytes"), 0
         )  # fmt: skip
         self.waited_s = 0.0  # of all grants together
         self.paces = Paces()
@@ -428,7 +435,7 @@ class Broker:
             if (why := self._impossible(waiter, now)) is not None:
                 return [self._refuse(waiter, why, now)]
             self._note_wait(waiter, now)
-            return []
+            return self._ask_to_pause(waiter, now)
         index, plan = chosen
         way = ways[index]
         if waiter.asked.free_only and plan.victims:
@@ -548,6 +555,26 @@ class Broker:
             "reachable with everything moved that may be"
             + (f"; pinned: {', '.join(pinned)}" if pinned else "")
         )
+
+    def _ask_to_pause(self, waiter: _Waiter, now: float) -> list[Order]:
+        """Ask the least urgent work that can be paused to end after its step, for somebody more
+        urgent who cannot have room otherwise. It comes back into the queue by itself."""
+        pausable = [
+            granted
+            for granted in self._granted.values()
+            if granted.asked.pausable
+            and granted.asked.priority < waiter.asked.priority
+            and now - granted.since >= PAUSE_AFTER_S
+        ]
+        if not pausable or any(granted.pause_asked for granted in pausable):
+            return []
+        granted = min(pausable, key=lambda one: (one.asked.priority, -one.lease.fence))
+        granted.pause_asked = True
+        self.counters["paused"] += 1
+        self._tell(waiter.requests, now, "asked to pause", phase=granted.phase,
+                   of=granted.requests[0])  # fmt: skip
+        self._tell(granted.requests, now, "asked to pause", for_request=waiter.requests[0])
+        return [(granted.lease.holder, Pause(fence=granted.lease.fence))]
 
     def _ask_away(self, waiter: _Waiter, move: policy.Move, now: float) -> Order:
         tenant = self._tenants[move.tenant]

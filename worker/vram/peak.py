@@ -19,6 +19,8 @@ class Question:
     tokens: int = 0
     batch: int = 1
     tiled: bool = False
+    rank: int = 0  # of LoRAs that are added to every layer; 0: none are
+    picture_tokens: int = 0  # that an IP-Adapter lets a denoiser read; 0: it has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ guided image in one batch, both of a guided video in turn.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from worker.vram.peak import Question
@@ -17,9 +17,29 @@ from worker.vram.peak import Question
 PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 BLOCK_TOKENS = 16  # of a KV pool's block
 # Which measurement each part of a WAN model takes (worker/engine/peaks.py); SDXL's have its names.
-VIDEO_PARTS = {"text_encoder": "umt5", "transformer": "transformer", "vae": "video_vae"}
+VIDEO_PARTS = {
+    "text_encoder": "umt5",
+    "transformer": "transformer",
+    "vace": "transformer",
+    "vae": "video_vae",
+}
+VIDEO_SHARE = 4  # frames of a video, after the first one, that a latent frame holds
+VIDEO_TEXT_TOKENS = 512  # of a text of WAN, whatever its length
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+
+PIECE_TOKENS = 77  # of a text that an image's text encoders read at once, begin and end included
 
 Configs = Mapping[str, Mapping[str, Any]]  # config.json by part
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What an image's job brings with it to the device, beside the model's own weights."""
+
+    denoiser_bytes: int = 0  # of LoRAs and of an IP-Adapter
+    encoder_bytes: int = 0  # of LoRAs, for the text encoders
+    rank: int = 0  # the greatest of the LoRAs
+    picture_tokens: int = 0  # of an IP-Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +50,16 @@ class Shape:
     height: int
     frames: int = 1
     guided: bool = True
+    # Of a video that is made with pictures: as frames of it, and as what it shows.
+    given_frames: int = 0
+    references: int = 0
+    # Of an image: whether it begins from a picture, and whether anything of that is denoised; in
+    # how many pieces its longer text is read, and how many terms in it have a weight.
+    from_picture: bool = False
+    denoised: bool = True
+    text_pieces: int = 1
+    weighted_terms: int = 0
+    adapters: Adapters = Adapters()
 
     @property
     def pixels(self) -> int:
@@ -50,48 +80,89 @@ class Phase:
 
 
 def image_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
-    """Of SDXL, for each image."""
+    """Of SDXL, for each image; what is read of a text and of a picture, for all of a job's."""
+    adapters = shape.adapters
 
-    def ask(part: str, batch: int, of: str = dtype) -> Question:
+    def ask(part: str, batch: int, of: str = dtype, measurement: str = "") -> Question:
         return Question(
-            part=part, config=dict(configs[part]), dtype=of, width=shape.width,
+            part=measurement or part, config=dict(configs[part]), dtype=of, width=shape.width,
             height=shape.height, batch=batch,
         )  # fmt: skip
 
     # The library decodes in float32 where a checkpoint says that its VAE overflows in float16.
     upcast = dtype == "float16" and configs["vae"].get("force_upcast", True)
     decode = ask("vae", 1, "float32" if upcast else dtype)
-    return [
-        Phase(
-            "encode",
-            ("text_encoder", "text_encoder_2"),
-            (ask("text_encoder", 1), ask("text_encoder_2", 1)),
-        ),
-        Phase("denoise", ("unet",), (ask("unet", 2 if shape.guided else 1),)),
-        Phase("decode", ("vae",), (decode,), (ask("vae", 1), decode) if upcast else None),
-    ]
+    phases = [Phase("decode", ("vae",), (decode,), (ask("vae", 1), decode) if upcast else None)]
+    if shape.denoised:
+        texts = 2 if shape.guided else 1
+        tokens = PIECE_TOKENS * shape.text_pieces
+        denoise = replace(
+            ask("unet", texts),
+            tokens=tokens,
+            rank=adapters.rank,
+            picture_tokens=adapters.picture_tokens,
+        )
+        # The two texts lie there by themselves, beside the batch of both.
+        read = texts * tokens * int(configs["unet"].get("cross_attention_dim", 0)) * WIDTHS[dtype]
+        encoders = ("text_encoder", "text_encoder_2")
+        phases = [
+            Phase(
+                "encode",
+                encoders,
+                tuple(replace(ask(part, 1), rank=adapters.rank) for part in encoders),
+                beside_bytes=adapters.encoder_bytes + _weighing_bytes(configs, shape),
+            ),
+            Phase("denoise", ("unet",), (denoise,), beside_bytes=adapters.denoiser_bytes + read),
+            *phases,
+        ]
+    if shape.from_picture:
+        # Here the library's condition is another one: in float32 whatever the model's type is.
+        upcast = dtype != "float32" and configs["vae"].get("force_upcast", True)
+        reads = "float32" if upcast else dtype
+        encode = ask("vae", 1, reads, "image_vae_encoder")
+        converted = (ask("vae", 1), ask("vae", 1, reads)) if upcast else None
+        phases = [Phase("picture", ("vae",), (encode,), converted), *phases]
+    return phases
+
+
+def _weighing_bytes(configs: Configs, shape: Shape) -> int:
+    """Of texts with weights or in pieces, beside a pass of an encoder: compel keeps what it made
+    of the text, in float32, once for each term that may count for less, copies all of it when it
+    adds another and again when it mixes them."""
+    if not shape.weighted_terms and shape.text_pieces == 1:
+        return 0
+    width = max(int(configs[part]["hidden_size"]) for part in ("text_encoder", "text_encoder_2"))
+    one = 4 * width * PIECE_TOKENS * shape.text_pieces
+    return one * (3 * (shape.weighted_terms + 1) + 4)
 
 
 def video_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
-    """Of WAN."""
+    """Of WAN. A part "vace" of its own makes the videos that pictures are given for."""
 
-    def ask(part: str, measurement: str = "") -> Question:
+    def ask(part: str, measurement: str = "", more_frames: int = 0) -> Question:
         return Question(
             part=measurement or VIDEO_PARTS[part], config=dict(configs[part]),
             dtype="float32" if part == "vae" else dtype,
-            width=shape.width, height=shape.height, frames=shape.frames,
+            width=shape.width, height=shape.height, frames=shape.frames + more_frames,
         )  # fmt: skip
 
-    denoise = Phase("denoise", ("transformer",), (ask("transformer"),))
-    if configs["transformer"].get("_class_name", "").startswith("WanVACE"):
+    denoiser = "transformer"
+    if "vace" in configs and (shape.given_frames or shape.references):
+        denoiser = "vace"
+    # A reference is one more latent frame, in front of the video's own.
+    denoised = ask(denoiser, more_frames=VIDEO_SHARE * shape.references)
+    # Both texts lie there, whichever of the two is computed with, or none.
+    texts = 2 if shape.guided else 1
+    text_dim = int(configs[denoiser].get("text_dim", 4096))
+    kept = texts * VIDEO_TEXT_TOKENS * text_dim * WIDTHS[dtype]
+    parts, passes = [denoiser], [denoised]
+    if configs[denoiser].get("_class_name", "").startswith("WanVACE"):
         # It makes latents of the frames that it is given first, of grey ones where there are none,
-        # and keeps the frames, in float32, while it denoises.
-        denoise = Phase(
-            "denoise",
-            ("transformer", "vae"),
-            (ask("transformer"), ask("vae", "video_vae_frames")),
-            beside_bytes=3 * 4 * shape.frames * shape.width * shape.height,
-        )
+        # and keeps the frames, in float32, while it denoises; references as well.
+        parts.append("vae")
+        passes.append(ask("vae", "video_vae_frames"))
+        kept += 3 * 4 * (shape.frames + shape.references) * shape.width * shape.height
+    denoise = Phase("denoise", tuple(parts), tuple(passes), beside_bytes=kept)
     return [
         Phase("encode", ("text_encoder",), (ask("text_encoder"),)),
         denoise,

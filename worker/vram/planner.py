@@ -11,6 +11,7 @@ from worker.protocol.messages import PhaseWays, RenderParams, TenantSpec
 from worker.vram.peak import Question
 from worker.vram.phases import (
     BLOCK_TOKENS,
+    WIDTHS,
     Configs,
     Phase,
     Shape,
@@ -26,7 +27,7 @@ LEAST_SHARE = 0.25  # of a KV pool: stays when others need its bytes
 # Until a load was timed: to build a model, and bytes a second from disk.
 BUILD_S, READ_BANDWIDTH = 1.0, 1e9
 POOL_BANDWIDTH = 50e9  # bytes a second of a pool that is allocated and cleared
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+GIVEN_FRAMES = {"start": 1, "end": 1, "both": 2}  # of a video, by the mode of its job
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,14 @@ def kv_block_bytes(config: Mapping[str, Any], dtype: str) -> int:
 
 
 def shape_of(params: RenderParams) -> Shape:
-    """Of one image or video of a job."""
-    return Shape(params.width, params.height, params.frames, guided=params.guided)
+    """Of one image or video of a job; with a text of one piece and without adapters, which only
+    the engine knows."""
+    return Shape(
+        params.width, params.height, params.frames, guided=params.guided,
+        given_frames=GIVEN_FRAMES.get(params.mode, 0), references=int(params.mode == "single"),
+        from_picture=params.mode in ("image", "copy"), denoised=params.passes > 0,
+        weighted_terms=len(params.weighted),
+    )  # fmt: skip
 
 
 def phase_ways(
@@ -99,6 +106,7 @@ def phase_ways(
     """The ways of one phase of a job, as its engine asks for it and as it is planned."""
     texts = 2 if shape.guided else 1
     passes = {  # of the largest part
+        "picture": 1,
         "encode": texts,
         "denoise": images * steps * (texts if spec.kind == "wan" else 1),
         "decode": images,
@@ -190,7 +198,8 @@ class Sizer:
     def _parts(self, spec: ModelSpec) -> dict[str, PartBytes]:
         """By part. Weights do not depend on the shape, and a small one is measured quickly."""
         questions: dict[str, Question] = {}
-        for phase in self._phases(spec, Shape(64, 64)):
+        shapes = (Shape(64, 64), Shape(64, 64, given_frames=1))  # every part is in one of them
+        for phase in [one for shape in shapes for one in self._phases(spec, shape)]:
             lying = [phase.converted[0]] if phase.converted else [*phase.passes]
             for part, question in zip(phase.parts, lying, strict=False):
                 questions.setdefault(part, question)

@@ -55,6 +55,8 @@ def part_configs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
             if spec.kind == "chat"
             else {part: folder / part / "config.json" for part in PARTS[spec.kind]}
         )
+        if spec.vace_folder is not None:
+            inside["vace"] = spec.vace_folder / "config.json"
         try:
             return {part: json.loads(path.read_bytes()) for part, path in inside.items()}
         except (OSError, ValueError) as exc:

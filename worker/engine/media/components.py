@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from worker.catalog import ModelSpec
-from worker.modelfiles import combined_sha256, weights_sha256
+from worker.modelfiles import combined_sha256, file_sha256, weights_sha256
 
 
 def component_hashes(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
@@ -29,3 +30,17 @@ def tokenizer_hashes(*tokenizers: Any) -> list[str]:
         ).hexdigest()
         for one in tokenizers
     ]
+
+
+def adapter_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file beside the model's own, read once per version of it.
+
+    Raises OSError.
+    """
+    found = path.stat()
+    return _hash_of(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _hash_of(path: Path, *_version: int) -> str:
+    return file_sha256(path)

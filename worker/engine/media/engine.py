@@ -1,8 +1,7 @@
-"""The media engine: one job at a time, in phases: encode, denoise, decode.
+"""The media engine: takes jobs, renders one at a time, answers them in their order.
 
-Each phase computes with other parts of the model and asks for a lease of what it takes; what no
-lease keeps on the device may be asked back meanwhile. Cancellation and new messages are taken after
-every denoise step and while a lease is waited for.
+How a job is rendered is in worker/engine/media/rendering.py. Its files are written beside the next
+job, by worker/engine/media/saver.py.
 """
 
 from __future__ import annotations
@@ -11,46 +10,50 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 from worker.catalog import Catalog, ModelSpec
 from worker.engine.answers import answer, quietly
-from worker.engine.device import release_cache
+from worker.engine.device import translated
 from worker.engine.host import Outbox, Report, Ticket
 from worker.engine.leases import Leases
-from worker.engine.media.ahead import Ahead
-from worker.engine.media.course import Course
-from worker.engine.media.embeddings import EmbeddingCache, Tensors
-from worker.engine.media.files import save_image, save_video
+from worker.engine.media.checkpoints import EVERY_S, configs_sha256
+from worker.engine.media.embeddings import EmbeddingCache
+from worker.engine.media.previews import Previews
+from worker.engine.media.progress import Track
+from worker.engine.media.rendering import WAIT_S, Made, Renderer, Run
+from worker.engine.media.saver import Saver, Work, save_files
 from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
 from worker.engine.residents import Residents
-from worker.errors import Cancelled, InvalidRequest, OutOfDeviceMemory
+from worker.errors import Cancelled, InvalidRequest, WorkerError
+from worker.log import request_scope
 from worker.protocol.messages import (
-    AssetFile,
     JobRendered,
     LoadModel,
     Message,
-    Progress,
     RenderJob,
     UnloadModel,
     failed,
 )
-from worker.receipt import text_sha256
-from worker.vram.planner import phase_ways, shape_of
+from worker.vram.pace import Paces
 from worker.vram.sizes import Peaks
-from worker.vram.ways import EXACTNESS
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-WAIT_S = 0.25  # how long a lease is waited for before a look at what else has arrived
-MAX_CLIMBS = 4  # ways that a phase tries after the device ran out of memory
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """How long a phase of a finished job took."""
+
+    model: str
+    phase: str
+    pixels: int  # of one picture, or of all frames of a video
+    pictures: int
+    seconds: float
 
 
 class MediaEngine:
@@ -70,24 +73,33 @@ class MediaEngine:
         leases: Leases,
         peaks: Peaks,
         clock: Callable[[], float] = time.monotonic,
+        long_prompts: str = "chunk",
     ):
+        """long_prompts: chunk | refuse, of texts that a picture's encoders do not take at once."""
+        self.checkpoint_every_s = EVERY_S  # 0: after every step
         self._device = device
         self._state_dir = state_dir
         self._outbox = outbox
         self._leases = leases
         self._clock = clock
-        self._peaks = peaks
-        self._ahead = Ahead(leases)
+        self._long_prompts = long_prompts
         self._embeddings = EmbeddingCache(state_dir / "embeddings")
+        self._configs: dict[str, str] = {}  # by model, as it was loaded
         self._models: Residents[Sdxl | Wan] = Residents(
             catalog.specs, device, self._load, lambda: outbox.publish(self.report()), max_resident
         )
+        self._renderer = Renderer(
+            device, outbox, leases, peaks, self._models, self._embeddings,
+            Previews(state_dir / "previews"), lambda: self._cancelled, clock,
+        )  # fmt: skip
+        self._saver = Saver(outbox)
+        self._paces = Paces()  # of decoding and saving
+        self._took: deque[_Took] = deque()  # not learned yet; the saver's thread appends
         self._preload = deque(preload)
         self._waiting: deque[tuple[Ticket, Message]] = deque()
         self._running: Ticket | None = None
         self._cancelled = False  # the running job's
         self._jobs_rendered = 0
-        self._steps_done = 0
 
     # --- what the host calls -------------------------------------------------------------------
 
@@ -97,9 +109,12 @@ class MediaEngine:
             self._waiting.append((ticket, message))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a job: a waiting one now, the running one after its current step."""
+        """Stop a job: a waiting one now, the running one after its current step, one whose files
+        are written after the current file."""
         if ticket == self._running:
             self._cancelled = True
+            return
+        if self._saver.cancel(ticket):
             return
         for entry in list(self._waiting):
             if entry[0] == ticket:
@@ -108,25 +123,22 @@ class MediaEngine:
                 self._outbox.send(ticket, failed(ticket.request_id, error))
 
     def step(self) -> bool:
-        """Load a model or do one whole job. False when idle."""
-        if self._preload:
-            model_id = self._preload.popleft()
-            quietly(lambda: self._models.ensure(model_id))
-        elif self._waiting and self._leases.connected:
-            self._do(*self._waiting.popleft())
-        else:
-            return False
-        return True
+        """Load a model or do one whole job; with nothing else to do, wait until the files of the
+        last ones are there. False when idle."""
+        did_something = self._step()
+        self._learn()
+        return did_something
 
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
         return self._models.report(
             more_to_load=bool(self._preload),
-            active=int(self._running is not None),
+            # What is still being saved is drained for, too.
+            active=int(self._running is not None) + self._saver.jobs,
             waiting=len(self._waiting),
             counters={
                 "jobs_rendered": self._jobs_rendered,
-                "denoise_steps": self._steps_done,
+                **self._renderer.counters,
                 "embeddings_found": self._embeddings.hits,
                 "embeddings_computed": self._embeddings.misses,
             },
@@ -137,12 +149,26 @@ class MediaEngine:
 
     # --- work ----------------------------------------------------------------------------------
 
+    def _step(self) -> bool:
+        if self._preload:
+            model_id = self._preload.popleft()
+            quietly(lambda: self._models.ensure(model_id))
+        elif self._waiting and self._leases.connected:
+            self._do(*self._waiting.popleft())
+        elif self._saver.jobs:
+            # This is no time to be told to stop: that is looked at between two steps.
+            while self._saver.jobs and not self._waiting:
+                self._outbox.wait(WAIT_S)
+        else:
+            return False
+        return True
+
     def _do(self, ticket: Ticket, message: Message) -> None:
         self._running, self._cancelled = ticket, False
         self._outbox.publish(self.report())
         match message:
             case RenderJob():
-                answer(self._outbox, ticket, lambda: self._render(ticket, message))
+                self._do_job(ticket, message)
             case LoadModel():
                 answer(self._outbox, ticket, lambda: self._models.load_for(message))
             case UnloadModel():
@@ -153,245 +179,69 @@ class MediaEngine:
                 self._outbox.send(ticket, failed(ticket.request_id, error))
         self._running = None
 
-    def _render(self, ticket: Ticket, job: RenderJob) -> JobRendered:
-        seconds: dict[str, float] = {}
-        track = _Track(self._outbox, ticket, job, seconds, self._clock)
+    def _do_job(self, ticket: Ticket, job: RenderJob) -> None:
+        """Render it, and leave the answer to the saver, so that jobs are answered in their order.
+        One that was cancelled is told at once."""
+        try:
+            with request_scope(ticket.request_id), translated():
+                self._saver.give(ticket, self._rendered(ticket, job))
+        except WorkerError as exc:
+            if exc.status >= 500:
+                with request_scope(ticket.request_id):
+                    log.error("%s", exc)
+            error = failed(ticket.request_id, exc)
+            if isinstance(exc, Cancelled):
+                self._outbox.send(ticket, error)
+            else:
+                self._saver.give(ticket, lambda _: error)
+
+    def _rendered(self, ticket: Ticket, job: RenderJob) -> Work:
+        """Make a job's pictures. Returns what makes its files and its answer of them."""
+        track = Track(self._outbox, ticket, job, self._paces, self._clock)
         track.phase("load")
         model = self._models.ensure(job.model)
-        counts = model.token_counts(job.params.prompt)
-        if job.params.negative_prompt is not None:
-            model.token_counts(job.params.negative_prompt)
-        taken: list[dict[str, Any]] = []
-        texts = model.known_texts(job.params, self._embeddings)
-        found = texts is not None
-        if texts is None:
-            texts = self._phase(
-                "encode", model, job, track, taken,
-                lambda: model.encode(job.params, self._embeddings),
-            )  # fmt: skip
-        self._look_ahead(model, job)
-        try:
-            latents = self._phase(
-                "denoise", model, job, track, taken,
-                lambda: self._denoise(model, job, texts, track),
-            )  # fmt: skip
-        finally:
-            # Between no steps nobody brings it, and until then its bytes are kept from others.
-            self._ahead.forget()
-        made: list[Any] = []
-
-        def decode() -> None:
-            while latents:  # what is decoded stays so where a later one runs out of memory
-                made.append(model.decode(latents[0]))
-                del latents[0]
-
-        self._phase("decode", model, job, track, taken, decode)
+        spec = self._models.spec(job.model)
+        run = Run(job, spec, model, self._configs[job.model], track)
+        made = self._renderer.render(run, self.checkpoint_every_s)
         track.phase("save")
-        assets = self._save(job, made)
-        track.end()
-        self._jobs_rendered += 1
-        receipt = self._receipt(job, model, counts, assets) | {
-            "exactness": max((one["exactness"] for one in taken), key=EXACTNESS.index),
-            "plan": taken,
-            "embeddings": "found" if found else "computed",
-        }
-        return JobRendered(
-            request_id=job.request_id, assets=tuple(assets), receipt=receipt, seconds=seconds
-        )
+        while self._saver.is_full:
+            self._outbox.wait(WAIT_S)
+            if self._cancelled:
+                raise Cancelled("the job was cancelled before its files were written")
+        self._took.append(self._time_of(job, track, "decode", track.seconds["decode"]))
+        return self._saving(job, spec, made, track)
 
-    def _phase(
-        self,
-        name: str,
-        model: Sdxl | Wan,
-        job: RenderJob,
-        track: _Track,
-        taken: list[dict[str, Any]],
-        work: Callable[[], T],
-    ) -> T:
-        """Run a phase in the cheapest way that can be had; out of memory, in the next one.
+    def _saving(self, job: RenderJob, spec: ModelSpec, made: Made, track: Track) -> Work:
+        """What the saver's thread does for a job; it has the job's track from then on."""
 
-        taken: gets what was done. Raises OutOfDeviceMemory and what `work` raises.
-        """
-        phase = model.phases(job.params)[name]
-        asked = phase_ways(
-            self._models.spec(job.model), phase, model.parts.sizes(), self._peaks,
-            shape_of(job.params), steps=job.params.steps, images=job.params.num_images,
-            exactness=job.exactness,
-        )  # fmt: skip
-        left = asked.ways
-        for climbs in range(MAX_CLIMBS + 1):
-            with self._leases.phase(
-                job.request_id, name, left, lambda: self._wait(track), priority=job.priority,
-                keep_alive_s=job.keep_alive_s,
-                model=asked.model, work=asked.work, pixels=asked.pixels,
-            ) as lease:  # fmt: skip
-                track.phase(name)
-                way = lease.way
-                try:
-                    with model.parts.ready(lease, phase.parts):
-                        result = work()
-                    taken.append(
-                        {"phase": name, "way": way.name, "exactness": way.exactness}
-                        | ({"out_of_memory": climbs} if climbs else {})
-                    )
-                    return result
-                except torch.OutOfMemoryError as exc:
-                    lease.failed = True
-                    log.warning("%s (%s) ran out of device memory: %s", name, way.name, exc)
-            # Here, outside of the except: its traceback would keep the tensors alive.
-            release_cache(self._device)
-            left = left[left.index(way) + 1 :]
-            if not left:
-                break
-        raise OutOfDeviceMemory(
-            f"the device ran out of memory in {name}, in every way that {job.exactness} allows, "
-            f"with {job.params.width}x{job.params.height}; a smaller size would do",
-            retry_after_s=5,
-        )
-
-    def _denoise(
-        self, model: Sdxl | Wan, job: RenderJob, texts: Tensors, track: _Track
-    ) -> list[torch.Tensor]:
-        """Latents of every image, so that the denoiser comes and goes once for all of them."""
-        track.begin_denoising()
-        latents = []
-        for index in range(job.params.num_images):
-            latents.append(
-                model.denoise(
-                    job.params,
-                    texts,
-                    Course(
-                        job.params.seed + index,
-                        lambda step, latents: self._on_step(track, step),
-                    ),
-                )
+        def work(check: Callable[[], None]) -> Message:
+            began = self._clock()
+            assets = save_files(job, spec.kind, made.pictures, check)
+            track.end()
+            took = self._time_of(job, track, "save", self._clock() - began)
+            self._took.append(took)
+            receipt = made.receipt | {
+                "seeds": [asset.seed for asset in assets],
+                "assets_sha256": [asset.sha256 for asset in assets],
+            }
+            return JobRendered(
+                request_id=job.request_id, assets=assets, receipt=receipt, seconds=track.seconds
             )
-            track.image_done()
-        return latents
 
-    def _save(self, job: RenderJob, made: Sequence[Any]) -> list[AssetFile]:
-        """made: pictures, or the frames of one video."""
-        folder, params = Path(job.staging_dir), job.params
-        if self._models.spec(job.model).kind == "sdxl":
-            return [
-                save_image(folder, index, picture, params.seed + index)
-                for index, picture in enumerate(made)
-            ]
-        frames = made[0]
-        if job.output == "image":
-            from PIL import Image
+        return work
 
-            return [save_image(folder, 0, Image.fromarray(frames[0]), params.seed)]
-        return [save_video(folder, frames, params.fps, params.seed)]
+    def _time_of(self, job: RenderJob, track: Track, phase: str, seconds: float) -> _Took:
+        return _Took(job.model, phase, track.pixels, job.params.num_images, seconds)
 
-    def _look_ahead(self, model: Sdxl | Wan, job: RenderJob) -> None:
-        """Ask for what comes after the denoising, of this job and of the next one."""
-        phases = model.phases(job.params)
-        self._ahead.want(job.request_id, model.parts, phases["decode"].parts)
-        if job.next_model is not None and job.next_model in self._models:
-            following = self._models.get(job.next_model)
-            for names in following.parts_in_order():
-                self._ahead.want(job.request_id, following.parts, names)
-
-    def _wait(self, track: _Track) -> None:
-        """For a lease."""
-        track.phase("wait")
-        self._ahead.forget()  # nobody brings it meanwhile, and it may be what is waited for
-        self._outbox.wait(WAIT_S)
-        if self._cancelled:
-            raise Cancelled("the job was cancelled while it waited for device memory")
-
-    def _on_step(self, track: _Track, step: int) -> None:
-        """Between two denoise steps: tell, listen, and stop if told to."""
-        self._steps_done += 1
-        track.step(step)
-        self._outbox.poll()
-        self._ahead.bring()
-        if self._cancelled:
-            raise Cancelled(f"the job was cancelled after step {track.done} of {track.steps}")
-
-    def _receipt(
-        self,
-        job: RenderJob,
-        model: Sdxl | Wan,
-        counts: dict[str, int],
-        assets: Sequence[AssetFile],
-    ) -> dict[str, Any]:
-        params = job.params
-        return {
-            "model": job.model,
-            "components": model.components,
-            "prompt_sha256": text_sha256(params.prompt),
-            "prompt_tokens": counts,
-            "parameters": msgspec.to_builtins(params),
-            "scheduler_class": model.scheduler_class,
-            # Without guidance the pipeline computes no second pass, so nothing reads this text.
-            "negative_prompt_used": params.negative_prompt is not None and params.guided,
-            "seeds": [asset.seed for asset in assets],
-            "assets_sha256": [asset.sha256 for asset in assets],
-            "device": str(self._device),
-            # Sums are split over threads, so another count may round another way.
-            "cpu_threads": torch.get_num_threads() if self._device.type == "cpu" else None,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        }
+    def _learn(self) -> None:
+        """From jobs that are over."""
+        while self._took:
+            took = self._took.popleft()
+            self._paces.learn(took.model, took.phase, took.pixels, took.pictures, took.seconds)
+            self._jobs_rendered += took.phase == "save"
 
     def _load(self, spec: ModelSpec) -> Sdxl | Wan:
-        build = Sdxl if spec.kind == "sdxl" else Wan
-        return build(spec, self._device, self._state_dir, self._leases)
-
-
-class _Track:
-    """Tells where a job is and how long its phases took."""
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        ticket: Ticket,
-        job: RenderJob,
-        seconds: dict[str, float],
-        clock: Callable[[], float],
-    ):
-        self._outbox = outbox
-        self._ticket = ticket
-        self._per_image = job.params.steps
-        self.steps = job.params.steps * job.params.num_images
-        self.done = 0
-        self._before = 0  # steps of the images that are finished
-        self._seconds = seconds
-        self._clock = clock
-        self._phase: str | None = None
-        self._since = clock()
-
-    def phase(self, name: str) -> None:
-        if name != self._phase:
-            self.end()
-            self._phase = name
-            self._tell()
-
-    def begin_denoising(self) -> None:
-        self.done = self._before = 0
-
-    def step(self, step: int) -> None:
-        """Step `step` of the current image is done."""
-        self.done = self._before + step
-        self._tell()
-
-    def image_done(self) -> None:
-        self._before += self._per_image
-
-    def end(self) -> None:
-        now = self._clock()
-        if self._phase is not None:
-            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
-        self._since = now
-
-    def _tell(self) -> None:
-        self._outbox.send(
-            self._ticket,
-            Progress(
-                request_id=self._ticket.request_id,
-                phase=self._phase or "load",
-                step=self.done,
-                steps=self.steps,
-            ),
-        )
+        self._configs[spec.id] = configs_sha256(spec)
+        if spec.kind == "wan":
+            return Wan(spec, self._device, self._state_dir, self._leases)
+        return Sdxl(spec, self._device, self._state_dir, self._leases, self._long_prompts)

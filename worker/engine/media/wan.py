@@ -1,12 +1,18 @@
-"""WAN 2.1 text-to-video through diffusers' own pipelines.
+"""WAN 2.1 video through diffusers' own pipelines: of a text, and with VACE of pictures, too.
 
 The pipeline's text path repairs and trims a prompt before it is encoded (HTML entities, runs of
 spaces, mis-decoded characters). Here the prompt is encoded as it arrived and handed over as
 embeddings, so nothing is changed.
+
+A checkpoint that is a VACE one makes all of its videos with it. A text-to-video checkpoint can
+have a VACE transformer beside it (catalog: an adapter of kind "vace"): it makes the videos that
+pictures are given for, with the text encoder and the VAE that are there, and the checkpoint's own
+transformer makes the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +26,21 @@ from worker.engine.media.components import component_hashes
 from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on, embedding_key
 from worker.engine.media.files import Frames
+from worker.engine.media.frames import ROLES, Given, given_pictures
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_wan
-from worker.errors import ModelUnavailable, PromptTooLong
+from worker.errors import ModelUnavailable, PromptTooLong, Unsupported
 from worker.modelfiles import file_sha256, require_files, weight_bytes
-from worker.protocol.messages import RenderParams
+from worker.protocol.messages import Reference, RenderParams
 from worker.vram.phases import Phase, video_phases
 from worker.vram.planner import shape_of
 
 # Positions of the text encoder that WAN 2.1 was trained with (text_len of its own config).
 TEXT_TOKENS = 512
 PARTS = ("text_encoder", "transformer", "vae")
+# With fewer frames than this there is nothing between a first and a last one.
+LEAST_FRAMES = 5
 
 
 class Wan:
@@ -63,6 +72,7 @@ class Wan:
                 local_files_only=True,
                 use_safetensors=True,
             )
+            beside = _vace_beside(pipeline, spec)
         except (OSError, ValueError, KeyError, RuntimeError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
         if not isinstance(pipeline, WanPipeline | WanVACEPipeline):
@@ -70,7 +80,8 @@ class Wan:
                 f"{spec.id}: {spec.shown_path} holds a {type(pipeline).__name__}; "
                 "WanPipeline and WanVACEPipeline are taken"
             )
-        if lacking := _weights_not_loaded(pipeline):
+        lacking = _weights_not_loaded(pipeline) + (_weights_not_loaded(beside) if beside else [])
+        if lacking:
             raise ModelUnavailable(
                 f"{spec.id}: {spec.shown_path} lacks {len(lacking)} weights, "
                 f"{lacking[0]} among them"
@@ -78,6 +89,16 @@ class Wan:
         self._pipeline = computing_on(pipeline, device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._own_scheduler = self._pipeline.scheduler
+        # Makes the videos that pictures are given for.
+        self._vace = self._pipeline if isinstance(pipeline, WanVACEPipeline) else None
+        modules = {name: getattr(pipeline, name) for name in PARTS}
+        self._configs = module_configs(pipeline, PARTS)
+        if beside is not None:
+            self._vace = computing_on(beside, device)
+            self._vace.set_progress_bar_config(disable=True)
+            modules["vace"] = beside.transformer
+            self._configs["vace"] = module_configs(beside, ("transformer",))["transformer"]
+        self._last = self._pipeline  # that made a video
         self._device = device
         # As its file says, not as a tokenizer class of the library rebuilds it: that one drops
         # the byte fallback, and every emoji would become <unk>.
@@ -87,8 +108,6 @@ class Wan:
         self._tokenizer_sha256 = file_sha256(spec.path / "tokenizer" / "tokenizer.json")
         self._pad_id = int(self._pipeline.text_encoder.config.pad_token_id)
         self._spec = spec
-        self._configs = module_configs(pipeline, PARTS)
-        modules = {name: getattr(pipeline, name) for name in PARTS}
         self.parts = Parts(spec, modules, device, leases)
 
     def close(self) -> None:
@@ -96,7 +115,37 @@ class Wan:
         self.parts.close()
 
     def describe(self) -> dict[str, Any]:
-        return {"components": self.components, "pipeline": type(self._pipeline).__name__}
+        return {
+            "components": self.components,
+            "pipeline": type(self._pipeline).__name__,
+            "modes": ["text"] if self._vace is None else list(ROLES),
+        }
+
+    def check(self, params: RenderParams) -> None:
+        """Raises Unsupported for a job that this checkpoint cannot do as it stands."""
+        if params.mode not in ROLES:
+            raise Unsupported(f"mode {params.mode} is none of a video; known: {', '.join(ROLES)}")
+        if params.weighted:
+            raise Unsupported("the video's text encoder takes no weights of words")
+        if params.loras:
+            raise Unsupported("LoRAs are added to image models only")
+        if params.mode == "text":
+            return
+        if self._vace is None:
+            raise Unsupported(
+                f"mode {params.mode} needs VACE weights, and {self._spec.id} "
+                f"{self._how_to_get_vace}"
+            )
+        if params.frames < LEAST_FRAMES:
+            raise Unsupported(
+                f"mode {params.mode} makes a video of at least {LEAST_FRAMES} frames, "
+                f"and the job has {params.frames}"
+            )
+
+    def given(self, params: RenderParams, references: Sequence[Reference]) -> Given:
+        """The job's pictures, ready for `denoise`. Raises InvalidRequest, and as `check`."""
+        self.check(params)
+        return given_pictures(params, references)
 
     def token_counts(self, text: str) -> dict[str, int]:
         """Tokens of `text`, end token included. Raises PromptTooLong above TEXT_TOKENS."""
@@ -127,20 +176,27 @@ class Wan:
             found[name] = one["embeddings"]
         return found
 
-    def encode(self, params: RenderParams, cache: EmbeddingCache) -> Tensors:
-        """What the denoiser reads of the texts."""
+    def encode(
+        self, params: RenderParams, cache: EmbeddingCache, given: Given | None = None
+    ) -> Tensors:
+        """What the denoiser reads of the texts; pictures change nothing of it."""
         made: Tensors = {}
         for name, text in _texts(params).items():
             made[name] = self.encoded(text)
             cache.put(self._key(text), {"embeddings": made[name]})
         return made
 
-    def denoise(self, params: RenderParams, texts: Tensors, course: Course) -> Any:
-        """Latents of one video: the pipeline's own call."""
-        pipeline = self._pipeline
+    def denoise(
+        self, params: RenderParams, texts: Tensors, course: Course, given: Given | None = None
+    ) -> Any:
+        """Latents of one video: the pipeline's own call. given: of a mode that takes pictures."""
+        pipeline = self._pipeline if params.mode == "text" else self._vace
+        assert pipeline is not None and (given is not None or params.mode == "text"), params.mode
+        more = given.arguments(params.frames) if given is not None else {}
         pipeline.scheduler = fresh_wan(self._own_scheduler, params.scheduler, params.shift)
+        self._last = pipeline
         with course.of(pipeline, pipeline.transformer) as arguments:
-            return pipeline(
+            latents = pipeline(
                 **{name: one.to(self._device) for name, one in texts.items()},
                 width=params.width,
                 height=params.height,
@@ -149,15 +205,18 @@ class Wan:
                 guidance_scale=params.guidance_scale,
                 output_type="latent",
                 max_sequence_length=TEXT_TOKENS,
+                **more,
                 **arguments,
             ).frames
+        # Those of references are denoised with the video's own, in front of them.
+        return latents[:, :, len(given.references) if given is not None else 0 :]
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Frames:
         """All frames of one video, (frames, height, width, 3), as the end of the pipeline's call
         makes them."""
         pipeline, vae = self._pipeline, self._pipeline.vae
-        latents = latents.to(vae.dtype)
+        latents = latents.to(self._device, vae.dtype)
         mean, deviation = (
             torch.tensor(one).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
             for one in (vae.config.latents_mean, vae.config.latents_std)
@@ -181,6 +240,20 @@ class Wan:
         embeddings: torch.Tensor = hidden * mask.unsqueeze(-1).to(hidden.dtype)
         return embeddings.to(pipeline.transformer.dtype)
 
+    @property
+    def _how_to_get_vace(self) -> str:
+        adapter, fetch = self._spec.adapter("vace"), "python scripts/fetch_models.py"
+        if adapter is not None:
+            return (
+                f"was loaded without those of adapter {adapter.id}, whose folder was missing; put "
+                f"them there ({fetch} wan_2_1_vace_1_3b) and load the model again"
+            )
+        return (
+            f"has none; fetch them ({fetch} wan_2_1_vace_1_3b) and give their transformer's "
+            'folder to this model in an [[adapters]] entry of kind "vace", or serve them as the '
+            "video model"
+        )
+
     def _key(self, text: str) -> str:
         return embedding_key(
             encoder=self.components.get("text_encoder"),
@@ -195,7 +268,7 @@ class Wan:
     @property
     def scheduler_class(self) -> str:
         """The class that made the last video."""
-        return type(self._pipeline.scheduler).__name__
+        return type(self._last.scheduler).__name__
 
 
 def _texts(params: RenderParams) -> dict[str, str]:
@@ -204,6 +277,30 @@ def _texts(params: RenderParams) -> dict[str, str]:
     if params.guided:
         texts["negative_prompt_embeds"] = params.negative_prompt or ""
     return texts
+
+
+def _vace_beside(pipeline: Any, spec: ModelSpec) -> Any:
+    """A VACE pipeline of the transformer that is configured, and of everything else that
+    `pipeline` has; None without one. Raises as its loading does, and ValueError."""
+    from diffusers import WanPipeline, WanVACEPipeline, WanVACETransformer3DModel
+
+    folder = spec.vace_folder
+    if folder is None:
+        return None
+    if not isinstance(pipeline, WanPipeline):
+        raise ValueError("an adapter of kind vace belongs to a WanPipeline, which it is not")
+    transformer = WanVACETransformer3DModel.from_pretrained(
+        str(folder),
+        dtype=getattr(torch, spec.dtype),
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    for key in ("text_dim", "in_channels", "patch_size"):
+        own, its = pipeline.transformer.config[key], transformer.config[key]
+        if own != its:
+            raise ValueError(f"{key} is {own}, and {its} of the VACE transformer beside it")
+    others = {name: one for name, one in pipeline.components.items() if name != "transformer"}
+    return WanVACEPipeline(transformer=transformer, **others)
 
 
 def _weights_not_loaded(pipeline: Any) -> list[str]:

@@ -1,0 +1,255 @@
+"""Jobs from lists: taken one by one, written into the journal, and let go of when everybody knows
+how they ended.
+
+An element stays in this worker's processing list until then, so that neither a crash nor the loss
+of this machine's disk loses it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from worker.errors import Conflict, JournalUnavailable, WorkerError
+from worker.jobs.bell import Bell
+from worker.jobs.decode import JobRequest
+from worker.jobs.job import Job, Status
+from worker.jobs.journal import Journal
+from worker.jobs.runner import Teller
+from worker.log import request_scope
+from worker.queues.elements import MalformedElement, decode_element, job_id_of
+from worker.queues.queue import JobQueue, QueueUnavailable
+from worker.storage.rows import JobRows, RowsUnavailable, skip_reason
+
+log = logging.getLogger(__name__)
+
+TAKE_EVERY_S = 1.0  # of an empty list
+BEAT_EVERY_S = 30.0
+ADOPT_EVERY_S = 60.0
+WATCH_EVERY_S = 5.0  # rows of jobs that have not ended, for a cancel
+AFTER_ERROR_S = 5.0
+
+
+class Decode(Protocol):
+    """A body to a job. Raises what a body is refused with."""
+
+    def __call__(self, body: dict[str, Any]) -> JobRequest: ...
+
+
+class Intake:
+    """One list. One thread, which owns all of this."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        journal: Journal,
+        bell: Bell,
+        decode: Decode,
+        tell: Teller,
+        rows: JobRows | None,
+        worker: str,
+        take_ahead: int,
+        clock: Callable[[], float] = time.time,
+    ):
+        """rows: the table that users cancel jobs in; None: there is none. take_ahead: jobs of the
+        list that may wait here, so that one worker does not take what others could begin now."""
+        self._queue = queue
+        self._journal = journal
+        self._bell = bell
+        self._decode = decode
+        self._tell = tell
+        self._rows = rows
+        self._worker = worker
+        self._take_ahead = take_ahead
+        self._clock = clock
+        self._unread: deque[bytes] = deque()  # taken, and not yet in the journal or let go of
+        self._kept: set[bytes] = set()  # taken, and held for jobs that are in the journal
+        self._recovered = False
+        self._marked: set[str] = set()  # jobs whose row says that they are processed
+        self._due: dict[str, float] = {}
+        self._taking = True
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"list {queue.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop_taking(self) -> None:
+        """Take nothing more, and hand what has not begun to other workers."""
+        self._taking = False
+        self._bell.ring()
+
+    def close(self) -> None:
+        self._stopping = True
+        self._bell.ring()
+        self._thread.join(timeout=15)
+        self._queue.close()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            wait_s = TAKE_EVERY_S
+            try:
+                if self.tick():
+                    wait_s = 0.0
+            except (QueueUnavailable, RowsUnavailable, JournalUnavailable) as exc:
+                log.error("%s; trying again in %.0f s", exc, AFTER_ERROR_S)
+                wait_s = AFTER_ERROR_S
+            ends = time.monotonic() + wait_s
+            while not self._stopping and (left_s := ends - time.monotonic()) > 0:
+                time.sleep(min(0.1, left_s))
+
+    def tick(self) -> bool:
+        """One round. True when there may be more to take at once."""
+        if not self._recovered:
+            self._unread.extend(self._queue.held())
+            self._recovered = True
+        if self._is_due("beat", BEAT_EVERY_S):
+            self._queue.beat()
+        if self._is_due("adopt", ADOPT_EVERY_S) and self._taking:
+            for worker in self._queue.orphans():
+                log.warning("adopted %d elements of %s", self._queue.adopt(worker), worker)
+        self._let_go()
+        while self._unread:
+            self._accept(self._unread[0])
+            self._unread.popleft()
+        if not self._taking:
+            self._hand_over()
+            return False
+        if self._rows is not None and self._is_due("watch", WATCH_EVERY_S):
+            self._watch(self._rows)
+        if len(self._journal.of_source(self._queue.name, Status.QUEUED)) >= self._take_ahead:
+            return False
+        element = self._queue.take()
+        if element is None:
+            return False
+        self._unread.append(element)
+        return True
+
+    # --- taking --------------------------------------------------------------------------------
+
+    def _accept(self, element: bytes) -> None:
+        """Into the journal, to the dead letters, or away; every way may be gone twice."""
+        try:
+            bodies = [(_id_of(body), body) for body in decode_element(element)]
+        except MalformedElement as exc:
+            self._bury(element, exc.reason)
+            return
+        kept = [self._accept_body(job_id, body, element) for job_id, body in bodies]
+        # Pushed twice, it lies there twice: one of them is enough.
+        if any(kept) and element not in self._kept:
+            self._kept.add(element)
+        else:
+            self._queue.settle(element)
+
+    def _accept_body(self, job_id: str, body: dict[str, Any], element: bytes) -> bool:
+        """Whether the element has to stay for this job."""
+        with request_scope(job_id):
+            if self._rows is not None and (why := skip_reason(self._rows.status(job_id))):
+                log.info("skipped: its row is %s", why)
+                return False
+            try:
+                request = self._decode(body)
+                job, is_new = self._journal.add(
+                    request, given=body, source=self._queue.name, element=element
+                )
+                log.info("%s from %s", "accepted" if is_new else "known", self._queue.name)
+                return job.element == element
+            except JournalUnavailable:
+                raise
+            except Conflict as exc:
+                self._bury(element, str(exc))
+                return False
+            except WorkerError as exc:
+                return self._refuse(job_id, body, element, exc)
+            except Exception:  # or one such element would end every process that takes it
+                log.exception("the body of a job could not be read")
+                text = "unexpected error in the worker; the log has the details"
+                return self._refuse(job_id, body, element, WorkerError(text))
+
+    def _refuse(
+        self, job_id: str, body: dict[str, Any], element: bytes, error: WorkerError
+    ) -> bool:
+        """Whether the element has to stay until somebody was told."""
+        log.warning("refused: %s", error.code)
+        job = Job(
+            id=job_id, request=None, given=body, source=self._queue.name, element=element,
+            created_at=self._clock(), status=Status.FAILED, error=str(error),
+            error_code=error.code,
+        )  # fmt: skip
+        try:
+            known = self._journal.refuse(
+                job_id, body, self._queue.name, element, str(error), error.code,
+                self._tell(job, "failed"),
+            )  # fmt: skip
+        except Conflict as exc:
+            self._bury(element, str(exc))
+            return False
+        return known.element == element
+
+    def _bury(self, element: bytes, reason: str) -> None:
+        log.error("an element of %s goes to its dead letters: %s", self._queue.name, reason)
+        at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds")
+        self._queue.bury(element, reason, self._worker, at)
+
+    # --- letting go ----------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        for job in self._journal.settled(self._queue.name):
+            assert job.element is not None
+            self._queue.settle(job.element)
+            self._journal.let_go(job.id)
+            self._kept.discard(job.element)
+            self._marked.discard(job.id)
+
+    def _hand_over(self) -> None:
+        """What has not begun goes back to the front of the list, the newest first."""
+        for job in self._journal.of_source(self._queue.name, Status.QUEUED)[::-1]:
+            if job.element is not None and self._is_alone(job) and self._journal.hand_over(job.id):
+                self._kept.discard(job.element)
+                try:
+                    self._queue.give_back(job.element)
+                except QueueUnavailable:
+                    self._unread.append(job.element)  # still this worker's: accepted once more
+                    raise
+                log.info("job %s goes back to %s", job.id, self._queue.name)
+
+    def _is_alone(self, job: Job) -> bool:
+        """Whether no other job came in the same element."""
+        assert job.element is not None
+        return len(decode_element(job.element)) == 1
+
+    # --- rows ----------------------------------------------------------------------------------
+
+    def _watch(self, rows: JobRows) -> None:
+        """Users cancel a job by a word in its row; and a row says that its job is processed."""
+        for job in self._open_jobs():
+            status = rows.status(job.id)
+            if skip_reason(status) is not None:
+                log.info("job %s is to end: its row is %s", job.id, status)
+                self._journal.wish_cancel(job.id)
+            elif job.status is Status.PROCESSING and job.id not in self._marked:
+                rows.mark_processing(job.id, job.started_at or self._clock())
+                self._marked.add(job.id)
+
+    def _open_jobs(self) -> Sequence[Job]:
+        return self._journal.of_source(self._queue.name, Status.QUEUED, Status.PROCESSING)
+
+    def _is_due(self, what: str, every_s: float) -> bool:
+        now = self._clock()
+        if now - self._due.get(what, float("-inf")) < every_s:
+            return False
+        self._due[what] = now
+        return True
+
+
+def _id_of(body: dict[str, Any]) -> str:
+    """Raises MalformedElement: without an id nobody could be told what became of the job."""
+    job_id = job_id_of(body)
+    if job_id is None:
+        raise MalformedElement("a job in it has no id")
+    return job_id

@@ -1,0 +1,1 @@
+"""Lists that jobs come from: Redis and Upstash. No torch, no flask."""

@@ -1,0 +1,1 @@
+"""Files and messages that come from outside and go there: no torch, no flask."""
