@@ -15,6 +15,10 @@ from __future__ import annotations
 TRAP_WORDS = ("inf", "nan", "content policy", "inappropriate", "probability tensor")
 
 
+# Stands for an error's own text where that has one of these words.
+NEUTRAL_ERROR = "the request failed; the worker's log has the reason under this id"
+
+
 class WorkerError(Exception):
     """The request cannot be answered; `status` and `code` say why."""
 

@@ -190,6 +190,34 @@ def test_what_is_made_with_a_picture_goes_on_with_the_same_bytes(
     assert len(snapshots) == params.passes == 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [
+        ("sdxl", "euler"), ("sdxl", "euler_a"), ("sdxl", "dpm++"), ("sdxl", "unipc"),
+        ("sdxl", "ddim"), ("wan", "euler"), ("wan", "dpm++"), ("wan", "unipc"),
+    ],
+)  # fmt: skip
+def test_a_step_says_where_the_denoising_will_end(
+    kind: Kind, scheduler: str, models: Callable[[Kind], Any], known: Path
+) -> None:
+    """Previews show that: the latents themselves are noise for most of the time."""
+    params = with_changes(IMAGE if kind == "sdxl" else VIDEO, scheduler=scheduler)
+    job = Interrupted(models(kind), params, known)
+    expected: list[torch.Tensor] = []
+    made: list[torch.Tensor] = []
+
+    def on_step(step: int, latents: torch.Tensor) -> None:
+        expected.append(course.expected().clone())
+        made.append(latents.clone())
+
+    course = Course(params.seed, on_step)
+    end = job.denoised(course)
+
+    # ddim clips what it expects.
+    assert (expected[-1] - end).abs().mean() < 0.1 * end.abs().mean()
+    assert (expected[0] - end).abs().mean() < (made[0] - end).abs().mean()
+
+
 def test_a_denoiser_computes_nothing_for_the_steps_that_are_done(
     models: Callable[[Kind], Any], known: Path
 ) -> None:
@@ -434,6 +462,40 @@ def test_a_crash_after_the_denoising_leaves_only_the_decode_to_do(jobs: Jobs) ->
     assert [one["phase"] for one in again.receipt["plan"]] == ["decode"]
     assert again.receipt["resumed_from"] == 4
     assert again.receipt["scheduler_class"] == whole.receipt["scheduler_class"]
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "role"), [("demo-image", "image", "image"), ("demo-video", "start", "first")]
+)
+def test_a_job_with_a_picture_goes_on_and_with_another_one_begins_anew(
+    model: str, mode: str, role: str, jobs: Jobs, picture: Reference
+) -> None:
+    params = with_changes(IMAGE if model == "demo-image" else VIDEO, mode=mode)
+    if mode == "image":
+        params = with_changes(params, strength=0.7)
+    sent = Reference(role=role, file=picture.file, sha256="a" * 64)
+    whole = jobs.done(model, "whole", params=params, references=(sent,))
+    jobs.crashes_after(model, 2, params=params, references=(sent,))
+    content = jobs.file.read_bytes()
+
+    done = jobs.done_from_file(model, params=params, references=(sent,))
+    jobs.file.write_bytes(content)
+    other = Reference(role=role, file=picture.file, sha256="b" * 64)
+    anew = jobs.done_from_file(model, params=params, references=(other,))
+
+    assert hashes(done) == hashes(whole) == hashes(anew)  # it is the same picture, after all
+    assert done.receipt["resumed_from"] == 2
+    assert done.receipt["references"][0]["sha256"] == "a" * 64
+    assert anew.receipt["checkpoint"] == "refused: of another job"
+
+
+def test_a_copy_of_which_nothing_is_denoised_has_no_steps(jobs: Jobs, picture: Reference) -> None:
+    params = with_changes(IMAGE, mode="copy", strength=0.0)
+
+    done = jobs.done("demo-image", "copy", params=params, references=(picture,))
+
+    assert [one["phase"] for one in done.receipt["plan"]] == ["picture", "decode"]
+    assert done.receipt["scheduler_class"] is None
 
 
 def test_a_damaged_checkpoint_costs_the_steps_and_nothing_else(jobs: Jobs) -> None:

@@ -12,7 +12,7 @@ import math
 from flask import Flask, Response, g, jsonify
 from werkzeug.exceptions import HTTPException
 
-from worker.errors import Relayed, WorkerError, has_trap_word
+from worker.errors import NEUTRAL_ERROR, Relayed, WorkerError, has_trap_word
 from worker.protocol.messages import Failed
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def body(code: str, text: str) -> dict[str, object]:
     if has_trap_word(text):
         # The text names a file, a model or a library's own words. The log keeps it whole.
         log.warning("this error text is not shown to the client: %s", text)
-        text = "the request failed; the worker's log has the reason under this id"
+        text = NEUTRAL_ERROR
     return {"success": False, "error": text, "error_code": code, "request_id": g.request_id}
 
 

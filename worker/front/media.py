@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from worker.front.bodies import read_json
 from worker.front.chat import ChatParser, ChatService, sse, sse_response
 from worker.jobs.bell import Bell
 from worker.jobs.board import Board, Live
+from worker.jobs.callbacks import asset_body, time_text
 from worker.jobs.decode import decode_job
 from worker.jobs.job import Job, Status
 from worker.jobs.journal import Journal
@@ -310,27 +310,12 @@ def job_body(job: Job, live: Live | None, position: int | None) -> dict[str, Any
         "started_at": _time(job.started_at),
         "finished_at": _time(job.finished_at),
         "assets": [
-            {
-                "index": index,
-                "type": asset.type,
-                "url": f"/jobs/{job.id}/assets/{index}",
-                "thumbnail_url": f"/jobs/{job.id}/assets/{index}/thumbnail",
-                "mime_type": asset.mime_type,
-                "width": asset.width,
-                "height": asset.height,
-                "seed": asset.seed,
-                "size_bytes": asset.size_bytes,
-                "sha256": asset.sha256,
-                **(
-                    {
-                        "frame_num": asset.frames,
-                        "fps": asset.fps,
-                        "duration_s": asset.duration_s,
-                    }
-                    if asset.type == "video"
-                    else {}
-                ),
-            }
+            asset_body(
+                index,
+                asset,
+                f"/jobs/{job.id}/assets/{index}",
+                f"/jobs/{job.id}/assets/{index}/thumbnail",
+            )
             for index, asset in enumerate(job.assets)
         ],
         "error": None,
@@ -339,19 +324,10 @@ def job_body(job: Job, live: Live | None, position: int | None) -> dict[str, Any
     }
     if job.error is not None:
         body["error"] = errors.body(job.error_code or "", job.error)["error"]
-    if finished and request is not None:
-        body["receipt"] = {
-            "request_id": job.id,
-            **job.receipt,
-            "type": request.type,
-            "seconds": {phase: round(one, 4) for phase, one in job.seconds.items()},
-            "adjusted": request.adjusted,
-            "ignored": list(request.ignored),
-        }
+    if finished:
+        body["receipt"] = job.whole_receipt
     return body
 
 
 def _time(at: float | None) -> str | None:
-    if at is None:
-        return None
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return None if at is None else time_text(at)

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from worker.errors import (
+    NEUTRAL_ERROR,
     Busy,
     ContextTooLong,
     DeadlineExceeded,
@@ -39,9 +40,6 @@ from worker.jobs.job import Status
 from worker.protocol.messages import AssetFile, RenderParams
 
 log = logging.getLogger(__name__)
-
-# The same words as a front's, for an error whose own words a client would misread.
-NEUTRAL_ERROR = "the request failed; the worker's log has the reason under this id"
 
 # The codes that the service's documents know; other errors keep their own, in capitals.
 ERROR_TYPES = {

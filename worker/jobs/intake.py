@@ -115,7 +115,7 @@ class Intake:
                 log.warning("adopted %d elements of %s", self._queue.adopt(worker), worker)
         self._let_go()
         while self._unread:
-            self._accept(self._unread[0])
+            self._accept_or_bury(self._unread[0])
             self._unread.popleft()
         if not self._taking:
             self._hand_over()
@@ -131,6 +131,16 @@ class Intake:
         return True
 
     # --- taking --------------------------------------------------------------------------------
+
+    def _accept_or_bury(self, element: bytes) -> None:
+        """One element that nobody thought of may not end the runner, again and again."""
+        try:
+            self._accept(element)
+        except (QueueUnavailable, RowsUnavailable, JournalUnavailable):
+            raise
+        except Exception:
+            log.exception("an element of %s cannot be taken", self._queue.name)
+            self._bury(element, "unexpected error in the worker; its log has the details")
 
     def _accept(self, element: bytes) -> None:
         """Into the journal, to the dead letters, or away; every way may be gone twice."""

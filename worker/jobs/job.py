@@ -58,5 +58,20 @@ class Job:
         """Its files are made; what is left is to bring them away."""
         return self.status is Status.PROCESSING and bool(self.assets)
 
+    @property
+    def whole_receipt(self) -> dict[str, Any]:
+        """The engine's, and what only the decoder knows."""
+        request = self.request
+        if request is None:
+            return {}
+        return {
+            "request_id": self.id,
+            **self.receipt,
+            "type": request.type,
+            "seconds": {phase: round(one, 4) for phase, one in self.seconds.items()},
+            "adjusted": request.adjusted,
+            "ignored": list(request.ignored),
+        }
+
     def evolve(self, **changes: Any) -> Self:
         return replace(self, **changes)

@@ -318,9 +318,10 @@ class JobRunner:
         mailbox = self._submit(run, references, folder)
         try:
             event = self._follow(run, mailbox, until_save=True)
-            with self._lock:
-                run.stage = "saving"
-            self._bell.ring()
+            if not isinstance(event, Failed):  # which may begin anew, before any other
+                with self._lock:
+                    run.stage = "saving"
+                self._bell.ring()
             if event is None:
                 event = self._follow(run, mailbox, until_save=False)
         finally:

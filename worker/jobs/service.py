@@ -92,7 +92,9 @@ class RunnerService:
                 environment, settings.server.chat_port, settings.server.media_port
             ).get("media"),
         )
-        # The project's own storage may be on the same network.
+        # What jobs name as pictures may lie in the project's own storage on the same network; what
+        # they name as webhooks has no business with it.
+        operators = frozenset(settings.jobs.trusted_origins)
         trusted = frozenset(
             [*settings.jobs.trusted_origins, *([_supabase(environment)[0]] if service else [])]
         )
@@ -118,7 +120,7 @@ class RunnerService:
         self._outbox = Outbox(
             self._journal,
             self._bell,
-            Sender(service, http),
+            Sender(service, PinnedHttp(Addresses(operators))),
             settings.jobs.deliver_for_s,
         )
         catalog = media_catalog(settings)

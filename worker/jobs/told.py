@@ -66,7 +66,7 @@ class Tellers:
             params=request.params if request is not None else None,
             assets=job.assets,
             keys=_keys(job, job.assets),
-            receipt=job.receipt,
+            receipt=job.whole_receipt,
             seconds=job.seconds,
             error=job.error,
             error_code=job.error_code,

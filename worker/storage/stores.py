@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,7 +173,9 @@ def retry_after_s(header: str | None, now: float) -> float | None:
         wait_s = float(text[:9])
     else:
         try:
-            wait_s = parsedate_to_datetime(text).timestamp() - now
+            at = parsedate_to_datetime(text)
+            # A date that ends in -0000 comes without a zone and means UTC (RFC 5322, 3.3).
+            wait_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - now
         except (ValueError, OverflowError):
             return None
     return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from worker.engine.media.embeddings import Tensors
+from worker.engine.media.weighting import weighing
 from worker.errors import PromptTooLong
 from worker.protocol.messages import RenderParams
 
@@ -125,8 +126,6 @@ class Prompts:
     def _of(
         self, text: Text, pieces: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from worker.engine.media.weighting import weighing  # compel takes seconds to import
-
         states = []
         for tokenizer_name, encoder_name in self._encoders:
             provider = weighing(

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from compel.embeddings_provider import (  # type: ignore[import-untyped]
-    EmbeddingsProvider,
-    ReturnedEmbeddingsType,
-    SplitLongTextMode,
-)
 
+def weighing(tokenizer: Any, encoder: Any) -> Any:
+    """compel's EmbeddingsProvider for one of SDXL's two encoders, wherever that is: its last hidden
+    states but one, of a text that is cut into pieces of what it reads at once."""
+    from compel.embeddings_provider import (
+        EmbeddingsProvider,
+        ReturnedEmbeddingsType,
+        SplitLongTextMode,
+    )
 
-def weighing(tokenizer: Any, encoder: Any) -> EmbeddingsProvider:
-    """For one of SDXL's two encoders: its last hidden states but one, cut into pieces of what it
-    reads at once, wherever that is."""
-    return _WholeText(
+    kind: Any = type("WholeText", (_WholeText, EmbeddingsProvider), {})
+    return kind(
         tokenizer,
         encoder,
         truncate=False,
@@ -26,9 +27,13 @@ def weighing(tokenizer: Any, encoder: Any) -> EmbeddingsProvider:
     )
 
 
-class _WholeText(EmbeddingsProvider):  # type: ignore[misc]
-    """By itself compel reads each part apart, so that punctuation where two of them meet gives
-    other tokens than the text has, and it finds parts again by searching for their tokens."""
+class _WholeText:
+    """In front of an EmbeddingsProvider. By itself that one reads each part apart, so that
+    punctuation where two of them meet gives other tokens than the text has, and it finds parts
+    again by searching for their tokens."""
+
+    tokenizer: Any
+    max_token_count: int
 
     def get_token_ids(self, texts: Sequence[str], *_: Any, **__: Any) -> list[list[int]]:
         """Of parts that follow one another, without begin and end. A token that two parts share
