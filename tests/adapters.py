@@ -97,10 +97,10 @@ def _told(rank: int, alpha: float, parts: tuple[str, ...]) -> dict[str, Any]:
         layers = [layer for its, layer, _, _ in lora_layers() if its == part]
         if part == "text_encoder":  # a flat one
             layers = [layer.removeprefix("text_model.") for layer in layers]
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers).to_dict()
+        config: Any = LoraConfig(r=rank, lora_alpha=int(alpha), target_modules=layers)
         made |= {
             f"{part}.{key}": sorted(value) if isinstance(value, set) else value
-            for key, value in config.items()
+            for key, value in config.to_dict().items()
         }
     return made
 

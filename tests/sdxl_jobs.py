@@ -118,7 +118,7 @@ def drawn(path: Path, size: tuple[int, int] = (200, 160)) -> Image.Image:
     picture = Image.new("RGB", size, "white")
     middle, radius = (size[0] // 2, size[1] // 2), min(size) // 4
     corners = [(middle[0] + sign * radius, middle[1] + sign * radius) for sign in (-1, 1)]
-    ImageDraw.Draw(picture).ellipse(corners, fill=(220, 30, 30))  # type: ignore[arg-type]
+    ImageDraw.Draw(picture).ellipse(corners, fill=(220, 30, 30))
     picture.save(path)
     return picture
 

@@ -155,7 +155,7 @@ def test_a_prompt_of_more_pieces_than_are_taken_fails_the_job_with_the_counts(da
 
     job = answer.json()
     assert (job["status"], job["error_code"]) == ("failed", "prompt_too_long")
-    assert "75" in job["error"]
+    assert "1500" in job["error"]
 
 
 def test_a_running_job_is_cancelled_within_a_step(daemon):

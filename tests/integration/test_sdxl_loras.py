@@ -227,7 +227,8 @@ def test_a_job_that_is_cancelled_in_the_middle_leaves_nothing_either(
     before, [first] = state(model), done(model, params(), tmp_path)[0]
 
     def stop(step: int) -> None:
-        assert model._pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        layer = model._pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        assert len(layer._forward_hooks) == 1
         if step == 2:
             raise Cancelled("")
 
@@ -341,7 +342,7 @@ def test_an_ip_adapter_is_counted_as_well(spec: ModelSpec, tmp_path: Path) -> No
     ],
 )
 def test_measured_passes_hold_what_real_ones_hold_to_the_byte(
-    part: str, more: dict[str, int], model: Any
+    part: str, more: dict[str, Any], model: Any
 ) -> None:
     config = model._configs["vae" if part == "image_vae_encoder" else part]
     asked = Question(part=part, config=config, dtype="float32", width=96, height=64, **more)

@@ -65,6 +65,9 @@ class ToyEngine:
     def report(self) -> Report:
         return Report(status="ready", active=0, waiting=len(self._waiting))
 
+    def finish(self) -> None:
+        """Everything has been said."""
+
     def _tell(self, ticket: Ticket, job: RenderJob, phase: str, step: int) -> None:
         progress = Progress(
             request_id=job.request_id, phase=phase, step=step, steps=job.params.passes

@@ -79,9 +79,10 @@ ALLOWED = {
     },
     "worker.engine.media": {
         "worker.catalog",
+        "worker",
         "worker.engine",
-        "worker.engine.peaks",
         "worker.errors",
+        "worker.log",
         "worker.modelfiles",
         "worker.protocol",
         "worker.receipt",
@@ -90,7 +91,12 @@ ALLOWED = {
         "worker.vram.sizes",
         "worker.vram.ways",
     },
-    "worker.engine.peaks": {"worker.engine.chat", "worker.vram"},
+    "worker.engine.peaks": {
+        "worker.engine",
+        "worker.engine.chat",
+        "worker.engine.media",
+        "worker.vram",
+    },
     "worker.engine.__main__": {
         "worker.catalog",
         "worker.config",

@@ -108,6 +108,7 @@ def _build(
         outbox,
         leases,
         peaks,
+        long_prompts=settings.media.long_prompts,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from worker.errors import ConfigError, OutOfDeviceMemory, WorkerError
+from worker.errors import ConfigError, DiskFull, OutOfDeviceMemory, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def translated() -> Iterator[None]:
         log.error("out of device memory: %s", exc)
         problem = OutOfDeviceMemory("the device ran out of memory on this request", retry_after_s=5)
     except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            log.error("no room for the files of this request: %s", exc)
+            raise DiskFull("there is no room for the files of this job", retry_after_s=10) from None
         log.exception("unexpected error in the engine")
         if is_fatal(exc):
             log.critical("the device is lost; this process ends so that a new one can start")

@@ -68,7 +68,8 @@ class Report:
 class Outbox(Protocol):
     """Where an engine's events go. Never blocks."""
 
-    def send(self, ticket: Ticket, message: Message) -> None: ...
+    def send(self, ticket: Ticket, message: Message) -> None:
+        """From any thread."""
 
     def publish(self, report: Report) -> None: ...
 
@@ -93,9 +94,12 @@ class Engine(Protocol):
 
     def report(self) -> Report: ...
 
+    def finish(self) -> None:
+        """Called once, after the last step: let what is done and not yet told come to its end."""
+
 
 class EngineHost:
-    """Owns the socket thread. `run`, `poll`, `send` and `publish` belong to the main thread."""
+    """Owns the socket thread. `run`, `poll`, `wait` and `publish` belong to the main thread."""
 
     def __init__(self, path: Path, name: str):
         """path: of the socket; name: role and name, such as "engine chat"."""
@@ -112,6 +116,7 @@ class EngineHost:
         self._broker: Peer | None = None  # set by the socket thread, before its hello is taken
         self._server = Server(zmq.Context.instance(), path)
         self._stopping = False
+        self._ended = False  # the engine has nothing more to say
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._serve, name="socket", daemon=True)
         self._thread.start()
@@ -132,6 +137,8 @@ class EngineHost:
             if not self._engine.step():
                 self.publish(self._engine.report())
                 self._inbox_filled.wait(LOOK_EVERY_S)
+        self._engine.finish()
+        self._ended = True
         self._waker.wake()
         self._thread.join(timeout=5)
 
@@ -184,7 +191,7 @@ class EngineHost:
         poller.register(self._waker.fileno(), zmq.POLLIN)
         peers: dict[Peer, None] = {}
         tell_at = 0.0
-        while not self._stopping or self._outgoing:
+        while not self._ended or self._outgoing:
             poller.poll(int(STATE_EVERY_S * 1000))
             self._waker.clear()
             while (received := self._server.receive()) is not None:

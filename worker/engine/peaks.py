@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from worker.engine.blocks import blocks_of
 from worker.vram.peak import Peak, Question
 
 CLIP_TOKENS = 77  # positions of either of SDXL's text encoders
@@ -153,21 +154,6 @@ def held(module: nn.Module) -> int:
         for tensor in (*module.parameters(), *module.buffers())
     }
     return sum(storages.values())
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks that a large module computes one after the other; none where it has none."""
-    found: list[nn.Module] = []
-    for path in ("encoder.block", "blocks", "vace_blocks", "down_blocks", "mid_block", "up_blocks"):
-        try:
-            one = module.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(one, nn.ModuleList):
-            found += list(one)
-        else:
-            found.append(one)
-    return found
 
 
 @contextmanager

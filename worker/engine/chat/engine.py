@@ -190,6 +190,9 @@ class ChatEngine:
         self._emit(drawn)
         return True
 
+    def finish(self) -> None:
+        """Everything that can be said has been said."""
+
     def report(self) -> Report:
         """Status, models and counts, for the state that fronts see."""
         models = self._models.loaded()

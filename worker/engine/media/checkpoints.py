@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files; another one is refused
 EVERY_S = 5.0  # of denoising, between two checkpoints, at the least
-# Of a job's time, that writing checkpoints may take. A long video's are 40 MB, and a slow volume
+# Of a job's time, that writing checkpoints may take. A long video's are 34 MB, and a slow volume
 # takes half a second to have them safe.
 SHARE = 0.01
 # As it is written in JSON that is a text in JSON.

@@ -56,6 +56,10 @@ class _Took:
     seconds: float
 
 
+# That files may still be written after the last step; the supervisor kills after 10 s.
+SAVE_S = 8.0
+
+
 class MediaEngine:
     """SDXL and WAN pipelines on one device.
 
@@ -148,6 +152,10 @@ class MediaEngine:
         )
 
     # --- work ----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """What is being saved comes to its end, unless that takes too long."""
+        self._saver.wait(SAVE_S)
 
     def _step(self) -> bool:
         if self._preload:

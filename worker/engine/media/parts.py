@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from worker.catalog import ModelSpec
+from worker.engine.blocks import blocks_of
 from worker.engine.leases import Leases, Question
 from worker.engine.parking import Parked
-from worker.engine.peaks import blocks_of
 from worker.protocol.messages import Yield
 from worker.vram.planner import part_tenants
 from worker.vram.ways import PartBytes, tenant_id

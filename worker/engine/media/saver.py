@@ -53,6 +53,7 @@ class Saver:
         self._outbox = outbox
         self._lock = threading.Lock()
         self._items: deque[_Item] = deque()  # the first is being worked on
+        self._thread: threading.Thread | None = None  # the last one that was begun
 
     @property
     def jobs(self) -> int:
@@ -69,8 +70,9 @@ class Saver:
         with self._lock:
             self._items.append(_Item(ticket, work))
             starts = len(self._items) == 1
-        if starts:
-            threading.Thread(target=self._run, name="saver", daemon=True).start()
+            if starts:
+                self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+                self._thread.start()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Save no further file of a job. False where it has none of this ticket."""
@@ -80,6 +82,13 @@ class Saver:
                     item.is_cancelled.set()
                     return True
         return False
+
+    def wait(self, timeout_s: float) -> None:
+        """Until nothing is left to save, or the time is over."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
 
     # --- the saver's thread ----------------------------------------------------------------------
 

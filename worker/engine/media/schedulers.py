@@ -12,7 +12,8 @@ _SDXL: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
+    # Latents are no pixels: without its word the class clips them to -1 .. 1.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
 }
 # WAN is a flow model: the multistep solvers need flow sigmas and predictions.
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -34,6 +35,8 @@ def fresh_wan(own: Any, name: str | None, shift: float | None) -> Any:
         return type(own).from_config(own.config)
     if name is None:
         return type(own).from_config(own.config, **_shift(type(own).__name__, shift))
+    if shift is None:
+        shift = own.config.get("flow_shift", own.config.get("shift"))
     return _build(_WAN, own, name, _shift(_WAN[name][0] if name in _WAN else "", shift))
 
 
