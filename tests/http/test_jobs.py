@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from tests.conftest import IMAGE, VIDEO
 from tests.fakes import (
+    PATIENCE_S,
     MediaPort,
     fails,
     painted,
@@ -670,9 +672,11 @@ def test_cancelling_works_while_every_watcher_is_taken(
     answer = port.client.delete(f"/jobs/{queued}")
 
     watching.close()
+    cancelled = port.wait(queued, *FINAL)
     finish(port, running)
-    assert answer.status_code == 200
-    assert answer.get_json()["status"] == "cancelled"
+    assert answer.status_code in (200, 202)
+    assert cancelled["status"] == "cancelled"
+    assert [job.request_id for job in port.media.of(RenderJob)] == [running]
 
 
 def test_a_job_whose_engine_dies_after_a_cancel_does_not_begin_anew(
@@ -776,7 +780,7 @@ def test_a_bug_in_the_runner_fails_the_job_and_not_the_next_one(
     assert first["status"] == "failed"
     assert first["error_code"] == "internal_error"
     assert second["status"] == "completed"
-    assert "FileNotFoundError" in caplog.text
+    assert "DamagedResult" in caplog.text
 
 
 def test_a_full_queue_refuses_with_when_to_come_back(
@@ -927,24 +931,37 @@ def test_an_unfinished_job_has_no_assets_yet(media: MediaPort) -> None:
 
 
 def files(root: Path) -> set[str]:
-    """Names of the folders with results or staged files."""
-    return {path.name for part in ("results", "staging") for path in (root / part).iterdir()}
+    """Names of published files, and of jobs that have a folder of their own."""
+    jobs = root / "jobs"
+    return {path.name for path in (*jobs.glob("results/??/*"), *jobs.glob("work/*"))}
+
+
+def until_forgotten(port: MediaPort, job_id: str) -> None:
+    """The runner forgets old jobs after it has said that a new one is done."""
+    ends, seen = time.monotonic() + PATIENCE_S, 0
+    while port.client.get(f"/jobs/{job_id}").status_code != 404:
+        assert time.monotonic() < ends
+        seen = port.desk.bell.wait(seen, 0.01)
 
 
 def test_only_the_newest_finished_jobs_and_their_files_are_kept(
     make_media: Callable[..., MediaPort],
 ) -> None:
     port = make_media(media={"keep_finished": 2})
-    ids = []
+    port.media.plays(*(paints(bytes([number])) for number in range(4)))
+    ids, published = [], []
     for number in range(4):
         ids.append(port.accept(prompt=str(number)))
-        port.wait(ids[-1], *FINAL)
+        (asset,) = port.wait(ids[-1], *FINAL)["assets"]
+        thumbnail = port.fetch(asset["thumbnail_url"]).headers["ETag"].strip('"')
+        published.append({asset["sha256"], thumbnail})
+    until_forgotten(port, ids[1])
 
     statuses = [port.client.get(f"/jobs/{job_id}").status_code for job_id in ids]
 
-    port.runner.close()  # it removes files after it has said that the job is done
+    port.runner.close()  # it removes files after it has forgotten the job
     assert statuses == [404, 404, 200, 200]
-    assert files(port.settings.state_dir) == set(ids[2:])
+    assert files(port.settings.state_dir) == published[2] | published[3]
 
 
 def test_a_key_is_free_again_when_its_job_is_gone(make_media: Callable[..., MediaPort]) -> None:
@@ -953,6 +970,7 @@ def test_a_key_is_free_again_when_its_job_is_gone(make_media: Callable[..., Medi
     first = port.client.post("/generate", json={"prompt": "x"}, headers=key).get_json()
     port.wait(first["job_id"], *FINAL)
     port.wait(port.accept(prompt="another"), *FINAL)
+    until_forgotten(port, first["job_id"])
 
     answer = port.client.post("/generate", json={"prompt": "other"}, headers=key)
 
@@ -973,13 +991,77 @@ def test_failed_and_cancelled_jobs_leave_no_files(media: MediaPort) -> None:
     assert files(media.settings.state_dir) == set()
 
 
-def test_files_of_an_earlier_process_go_at_the_start(
+# --- another process, and a full disk ------------------------------------------------------------
+
+
+def test_finished_jobs_and_their_files_outlive_the_process_that_made_them(
+    make_media: Callable[..., MediaPort],
+) -> None:
+    first = make_media()
+    job_id = first.accept(num_images=2, seed=9)
+    before = first.wait(job_id, *FINAL)
+    data = first.fetch(before["assets"][1]["url"]).data
+    first.runner.close()
+    first.desk.journal.close()
+
+    port = make_media()
+
+    after = port.client.get(f"/jobs/{job_id}").get_json()
+    assert after == before
+    assert port.fetch(after["assets"][1]["url"]).data == data
+    assert port.fetch(after["assets"][0]["thumbnail_url"]).status_code == 200
+    assert port.media.sent == []
+
+
+def test_jobs_that_have_not_ended_go_on_in_the_next_process(
+    make_media: Callable[..., MediaPort],
+) -> None:
+    first = make_media()
+    running = occupy(first)
+    key = {"Idempotency-Key": "once"}
+    waiting = first.client.post("/generate", json={"prompt": "y"}, headers=key).get_json()
+    first.runner.close()
+    first.desk.journal.close()
+
+    port = make_media()
+
+    again = port.client.post("/generate", json={"prompt": "y"}, headers=key).get_json()
+    assert again["job_id"] == waiting["job_id"]
+    for job_id in (running, waiting["job_id"]):
+        assert port.wait(job_id, *FINAL)["status"] == "completed"
+    assert [job.request_id for job in port.media.of(RenderJob)] == [running, waiting["job_id"]]
+
+
+def test_files_that_belong_to_no_job_go_at_the_start(
     make_media: Callable[..., MediaPort], tmp_path: Path
 ) -> None:
-    old = tmp_path / "state" / "results" / "old"
-    old.mkdir(parents=True)
-    (old / "0.png").write_bytes(b"x")
+    jobs = tmp_path / "state" / "jobs"
+    for folder in (jobs / "results" / "ab", jobs / "work" / "nobody" / "files"):
+        folder.mkdir(parents=True)
+        (folder / ("ab" * 32)).write_bytes(b"x")
 
     port = make_media()
 
     assert files(port.settings.state_dir) == set()
+
+
+def test_a_job_that_cannot_be_written_down_is_refused_and_can_be_sent_again(
+    media: MediaPort,
+) -> None:
+    job_id = media.accept()
+    media.wait(job_id, *FINAL)
+    database = media.desk.journal._connection("write")
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count = {pages}")
+    body = {"prompt": "x", "id": "j-1", "note": "n" * 50_000}
+
+    answer = media.client.post("/generate", json=body)
+    meanwhile = media.client.get(f"/jobs/{job_id}")
+    database.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    again = media.client.post("/generate", json=body)
+
+    assert "disk is full" in refused(answer, 503, "journal_unavailable")
+    assert retry_after(answer) == 5
+    assert meanwhile.status_code == 200
+    assert again.status_code == 202
+    assert media.wait("j-1", *FINAL)["status"] == "completed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,6 +19,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.job_parts import Clock, Tell, asset, nothing, request, says, uploads
 from worker.errors import Busy, Conflict, JournalUnavailable, NotFound, has_trap_word
@@ -1359,6 +1362,158 @@ def test_every_job_that_a_killed_process_has_accepted_is_there(bench: Bench, lin
     assert counts["queued"] in (1, 2)
     bench.journal.check()
     assert len(bench.journal.recover()) == counts["processing"]
+
+
+ONE_MORE = """
+import sys
+from pathlib import Path
+from tests.job_parts import request
+from worker.jobs.bell import Bell
+from worker.jobs.journal import Journal
+
+journal = Journal(Path(sys.argv[1]), Bell())
+journal.add(request(sys.argv[2]))
+journal.counts()
+journal.close()
+"""
+
+
+def test_a_process_that_ends_takes_nothing_from_one_that_goes_on(bench: Bench) -> None:
+    """The last to leave a database removes its log; a process whose locks were lost on the way
+    would not be seen, and what it writes from then on would be in a file without a name."""
+    bench.add("a")
+    bench.journal.counts()  # its second connection
+
+    subprocess.run(
+        [sys.executable, "-c", ONE_MORE, str(bench.folder), "b"], cwd=REPOSITORY, check=True
+    )
+    bench.add("c")
+
+    other = bench.another()
+    seen = [one.id for one in other.waiting()]
+    other.close()
+    assert (bench.folder / "journal.sqlite3-wal").exists()
+    assert seen == ["a", "b", "c"] == [one.id for one in bench.journal.waiting()]
+
+
+# --- whatever happens ----------------------------------------------------------------------------
+
+JOB = st.sampled_from("abc")
+STEPS_OF_A_LIFE = st.one_of(
+    st.tuples(st.just("add"), JOB),
+    st.tuples(st.just("refuse"), JOB),
+    st.tuples(st.just("wish"), JOB),
+    st.tuples(st.just("claim"), JOB),
+    st.tuples(st.just("requeue"), JOB, st.booleans()),
+    st.tuples(st.just("rendered"), JOB, st.sampled_from([b"shared", b"own"]), st.booleans()),
+    st.tuples(st.just("end"), JOB, st.sampled_from(FINAL[1:])),
+    st.tuples(st.just("uploaded"), st.integers(0, 3)),
+    st.tuples(st.just("upload failed"), st.integers(0, 3)),
+    st.tuples(st.just("told"), st.integers(0, 3), st.sampled_from(["delivered", "dead"])),
+    st.tuples(st.just("not told"), st.integers(0, 3)),
+    st.tuples(st.just("let go")),
+    st.tuples(st.just("hand over"), JOB),
+    st.tuples(st.just("forget"), st.integers(1, 2)),
+    st.tuples(st.just("recover")),
+)
+
+
+def live(journal: Journal, step: tuple[Any, ...]) -> None:
+    """One step in the life of jobs, as a front, the intake or the runner takes it."""
+    match step:
+        case "add", job_id:
+            journal.add(request(job_id), source="list", element=b"abc")
+        case "refuse", job_id:
+            journal.refuse(job_id, {}, "list", b"abc", "no", "no", TOLD)
+        case "wish", job_id:
+            journal.wish_cancel(job_id)
+        case "claim", job_id:
+            journal.claim(job_id, says("processing"))
+        case "requeue", job_id, died:
+            journal.requeue(job_id, engine_died=died)
+        case "rendered", job_id, content, to_be_uploaded:
+            made = asset(content if content == b"shared" else job_id.encode())
+            journal.rendered(
+                job_id, [made], {}, {}, uploads(job_id, made) if to_be_uploaded else [],
+                says("completed"),
+            )  # fmt: skip
+        case "end", job_id, status:
+            journal.end(job_id, status, "no", "no", says(status.value))
+        case "uploaded", index:
+            for upload in journal.uploads_due()[index : index + 1]:
+                journal.uploaded(upload, says("completed"))
+        case "upload failed", index:
+            for upload in journal.uploads_due()[index : index + 1]:
+                journal.upload_failed(upload, "no", 0.0)
+        case "told", index, state:
+            for delivery in journal.deliveries()[index : index + 1]:
+                journal.delivery_state(delivery.id, state)
+        case "not told", index:
+            for delivery in journal.deliveries()[index : index + 1]:
+                journal.delivery_failed(delivery.id, "no", 0.0)
+        case ("let go",):
+            for job in journal.settled("list"):
+                journal.let_go(job.id)
+        case "hand over", job_id:
+            journal.hand_over(job_id)
+        case "forget", keep:
+            journal.forget(journal.over_the_bound(keep, 1 << 30))
+        case ("recover",):
+            journal.recover()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(STEPS_OF_A_LIFE, max_size=40))
+def test_whatever_happens_the_journal_agrees_with_itself(course: list[tuple[Any, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runner, front = Journal(Path(folder), Bell(), Clock()), Journal(Path(folder), Bell())
+        runner._connection("write").execute("PRAGMA synchronous = OFF")  # for the test's speed
+        ended: dict[int, Job] = {}
+        for step in course:
+            with contextlib.suppress(NotFound, Conflict):
+                live(runner, step)
+            agrees_with_itself(runner, ended)
+        assert contents_of(front) == contents_of(runner)
+        runner.check()
+        runner.close()
+        front.close()
+
+
+def agrees_with_itself(journal: Journal, ended: dict[int, Job]) -> None:
+    """ended: the jobs that had ended before, by their number; those that have now are added."""
+    jobs = contents_of(journal)
+    for job in jobs:
+        before = ended.get(job.number)
+        assert before is None or before == job.evolve(element=before.element), "an end has changed"
+        assert job.status.is_final == (job.finished_at is not None)
+        told = [one for one in journal.of_job(job.id) if one["kind"] != "upload"]
+        events = [one["event"] for one in told]
+        if job.status.is_final:
+            ended[job.number] = job
+            assert not job.cancel_requested
+            assert events[-1] == f"job.{job.status.value}"
+            assert not [one for one in told[:-1] if one["state"] == "waiting"]
+        assert events.count("job.processing") == (job.starts > 0)
+        assert len(events) == (job.starts > 0) + job.status.is_final
+        assert job.is_uploading == bool(
+            [one for one in journal.uploads_due() if one.job_id == job.id]
+        )
+    assert journal.blobs() == {
+        sha256
+        for job in jobs
+        for one in job.assets
+        for sha256 in (one.sha256, one.thumbnail_sha256)
+    }
+    waiting = {one.job_id for one in journal.deliveries()}
+    busy = waiting | {job.id for job in jobs if job.element is not None}
+    assert not set(journal.over_the_bound(1, 0)) & busy
+    if journal.settled("list"):  # all of them came in one element
+        held = [job for job in jobs if job.element is not None]
+        assert all(job.status.is_final and job.id not in waiting for job in held)
+
+
+def contents_of(journal: Journal) -> list[Job]:
+    return journal.of_source("list", *Status)
 
 
 # --- trouble -----------------------------------------------------------------------------------

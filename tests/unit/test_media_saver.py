@@ -120,7 +120,7 @@ def test_jobs_are_answered_in_the_order_in_which_they_were_given(outbox: Outbox)
     assert (outbox.answers, saver.jobs, saver.is_full) == ([], 3, True)
     gate.goes_on.set()
     assert outbox.comes(3) == [
-        ("a", "JobRendered"), ("b", "internal_error"), ("c", "JobRendered"),
+        ("a", "JobRendered"), ("b", "disk_full"), ("c", "JobRendered"),
     ]  # fmt: skip
 
 

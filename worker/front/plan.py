@@ -55,7 +55,7 @@ class PlanService:
             phases = self._sizer.media_phases(
                 spec,
                 shape_of(params),
-                steps=params.steps,
+                steps=params.passes,
                 images=params.num_images,
                 exactness=job.exactness,
             )

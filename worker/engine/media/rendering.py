@@ -111,8 +111,7 @@ class Renderer:
         counts = model.token_counts(params.prompt)
         if params.negative_prompt is not None:
             model.token_counts(params.negative_prompt)
-        if job.references or params.mode != "text" or params.loras or params.weighted:
-            run.given = model.given(params, job.references)
+        run.given = model.given(params, job.references)
         keeper = self._keeper(run, checkpoint_every_s)
         glimpses = Glimpses(self._previews.of(*run.vae), self._clock)
         denoising = Denoising(model, params, run.more, run.track, keeper, glimpses)
