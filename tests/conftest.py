@@ -173,8 +173,8 @@ def make_media(
     from worker.front.admission import Admission
     from worker.front.app import Front, create_media_app, places
     from worker.front.drain import Drainer
-    from worker.jobs import runner as runner_module
     from worker.front.media import JobDesk
+    from worker.jobs import runner as runner_module
     from worker.jobs.bell import Bell
     from worker.jobs.board import Board
     from worker.jobs.journal import JOBS_FOLDER, Journal

@@ -22,7 +22,7 @@ import msgspec
 from worker.catalog import ModelSpec
 from worker.config import Settings
 from worker.errors import WorkerError
-from worker.protocol.link import EngineView, Mailbox, failed, unavailable
+from worker.protocol.link import EngineView, Mailbox, unavailable
 from worker.protocol.messages import (
     AssetFile,
     EngineNotice,
@@ -49,6 +49,7 @@ from worker.protocol.messages import (
     TenantSpec,
     Token,
     UnloadModel,
+    failed,
 )
 from worker.vram.broker import Broker
 from worker.vram.dryrun import dry_run

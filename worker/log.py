@@ -45,7 +45,8 @@ class _Format(logging.Formatter):
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    record.request_id = _request_id.get()
+    # From a list it may be any text, and a line must stay a line.
+    record.request_id = _request_id.get()[:128].encode("unicode_escape").decode()
     return True
 
 

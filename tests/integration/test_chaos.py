@@ -1,6 +1,6 @@
 """Processes are killed at random moments: no accepted job is lost, none is published twice.
 
-    VERBATIM_CHAOS_RUNS=1000 ./scripts/test tests/integration/test_chaos.py -s
+VERBATIM_CHAOS_RUNS=1000 ./scripts/test tests/integration/test_chaos.py -s
 """
 
 from __future__ import annotations

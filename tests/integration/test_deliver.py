@@ -26,6 +26,7 @@ from worker.storage import deliver
 from worker.storage.addresses import Addresses
 from worker.storage.deliver import (
     CALLBACK,
+    LEAST_TRIES,
     WEBHOOK,
     Again,
     Alarm,
@@ -736,7 +737,7 @@ def test_a_receiver_that_is_not_there_holds_up_nobody_else(
 def test_a_dead_letter_lets_the_next_event_of_its_job_pass(
     pinned: Sender, receiver: Receiver
 ) -> None:
-    receiver.answers["/a"] = [500] * 3
+    receiver.answers["/a"] = [500] * LEAST_TRIES
     first = webhook(f"{receiver.url}/a", facts("a", Status.PROCESSING), 1)
     second = webhook(f"{receiver.url}/a", facts("a"), 2)
     outbox = Outbox(pinned, [first, second], give_up_after_s=2.0)

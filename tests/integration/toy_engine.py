@@ -20,6 +20,7 @@ from worker.protocol.messages import (
     AssetFile,
     JobRendered,
     Message,
+    ModelState,
     Progress,
     RenderJob,
     failed,
@@ -63,7 +64,8 @@ class ToyEngine:
         return True
 
     def report(self) -> Report:
-        return Report(status="ready", active=0, waiting=len(self._waiting))
+        model = ModelState(id="demo-image", kind="sdxl", status="loaded", display_name="demo-image")
+        return Report(status="ready", models=(model,), waiting=len(self._waiting))
 
     def finish(self) -> None:
         """Everything has been said."""

@@ -132,6 +132,8 @@ class Bench:
         self.decodes: Callable[[dict[str, Any]], None] = lambda body: None  # may raise
         self.restart()
 
+    can_work = True
+
     def restart(self) -> None:
         """A new process with the same journal and name."""
         self.intake = Intake(
@@ -143,7 +145,9 @@ class Bench:
             self.rows if self.with_rows else None,  # type: ignore[arg-type]
             ME,
             self.take_ahead,
-            self.clock,
+            lambda: self.can_work,
+            clock=self.clock,
+            ticks=self.clock,
         )
 
     def _decode(self, body: dict[str, Any]) -> JobRequest:
@@ -351,10 +355,32 @@ def test_a_job_that_has_ended_and_comes_again_is_not_made_again(bench: Bench) ->
     bench.push(element("a"))
 
     bench.ticks()
+    held, told = list(bench.queue.processing), bench.journal.deliveries()
+    bench.hears()
+    bench.ticks()
 
+    assert held == [element("a")]
+    assert [one.job_id for one in told] == ["a"]  # once more, to whoever pushed it again
     assert bench.journal.get("a").status is Status.FAILED
     assert bench.queue.processing == []
     assert bench.queue.dead == []
+
+
+def test_an_element_that_comes_again_when_its_job_is_forgotten_is_a_new_one(bench: Bench) -> None:
+    bench.with_rows = False
+    bench.restart()
+    bench.push(element("a"))
+    bench.ticks()
+    bench.end("a")
+    bench.hears()
+    bench.ticks()
+    bench.journal.forget(["a"])
+    bench.push(element("a"))
+
+    bench.ticks()
+
+    assert bench.jobs(Status.QUEUED) == ["a"]
+    assert bench.queue.processing == [element("a")]
 
 
 def test_the_same_job_twice_in_one_element_is_one_job(bench: Bench) -> None:
@@ -506,9 +532,63 @@ def test_a_bug_in_the_decoding_fails_the_job_and_not_every_process_that_takes_it
 # --- rows --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", ["cancelled", "completed", None])
+def test_a_job_without_a_row_is_a_dead_letter_because_a_wrong_key_sees_none(bench: Bench) -> None:
+    bench.rows.statuses["a"] = None
+    bench.push(element("a"), element("b"))
+
+    bench.ticks()
+
+    assert bench.jobs() == ["b"]
+    ((raw, reason, _, _),) = bench.queue.dead
+    assert raw == element("a")
+    assert "key" in reason
+
+
+def test_a_row_that_is_not_seen_any_more_ends_no_job(bench: Bench) -> None:
+    bench.push(element("a"))
+    bench.ticks()
+    bench.rows.statuses["a"] = None
+    bench.clock.now += WATCH_EVERY_S
+
+    bench.ticks()
+
+    assert not bench.journal.get("a").cancel_requested
+
+
+def test_an_id_that_no_job_can_have_is_a_dead_letter_and_holds_up_nothing(bench: Bench) -> None:
+    bench.push(element("a" * 9000), element("b"))
+
+    bench.ticks()
+
+    assert len(bench.queue.dead) == 1
+    assert bench.jobs() == ["b"]
+
+
+def test_nothing_is_taken_without_an_engine_that_could_make_it(bench: Bench) -> None:
+    bench.can_work = False
+    bench.restart()
+    bench.push(element("a"))
+
+    bench.ticks()
+
+    assert bench.queue.processing == []
+
+
+def test_what_another_worker_has_adopted_is_not_made_here(bench: Bench) -> None:
+    bench.push(element("a"), element("b"))
+    bench.ticks()
+    bench.queue.processing.remove(element("a"))
+    bench.restart()
+
+    bench.intake.recover(Status.QUEUED, Status.PROCESSING)
+
+    assert bench.jobs() == ["b"]
+    assert bench.journal.deliveries() == []
+
+
+@pytest.mark.parametrize("status", ["cancelled", "completed"])
 def test_a_job_whose_row_says_that_nothing_is_to_be_done_is_skipped(
-    bench: Bench, status: str | None
+    bench: Bench, status: str
 ) -> None:
     bench.rows.statuses["a"] = status
     bench.push(element("a"), element("b"))
@@ -635,16 +715,16 @@ def test_what_an_earlier_life_held_goes_on_before_anything_is_taken(bench: Bench
     bench.push(element("a"), element("b"))
     bench.ticks()
     job = bench.journal.get("a")
-    bench.queue.processing.append(element("never read"))
+    bench.queue.processing.append(element("never-read"))
     bench.push(element("c"))
     bench.restart()
 
     bench.ticks()
 
-    assert bench.jobs() == ["a", "b", "never read", "c"]
+    assert bench.jobs() == ["a", "b", "never-read", "c"]
     assert bench.journal.get("a") == job
     assert bench.queue.processing == [
-        element("a"), element("b"), element("never read"), element("c"),
+        element("a"), element("b"), element("never-read"), element("c"),
     ]  # fmt: skip
 
 
@@ -847,6 +927,19 @@ def test_a_worker_that_drains_hands_back_what_has_not_begun_in_its_old_order(
     bench.hears()
     bench.ticks()
     assert bench.queue.processing == []
+
+
+def test_a_worker_that_drains_takes_nothing_and_takes_over_nothing(bench: Bench) -> None:
+    bench.intake.stop_taking()
+    bench.push(element("a"))
+    bench.queue.orphaned["worker-2"] = [element("b")]
+
+    bench.ticks()
+
+    assert bench.jobs() == []
+    assert bench.queue.waiting_elements == [element("a")]
+    assert bench.queue.orphaned == {"worker-2": [element("b")]}
+    assert bench.queue.beats == 1
 
 
 def test_a_worker_that_drains_keeps_what_it_has_begun_or_cannot_take_apart(bench: Bench) -> None:

@@ -293,6 +293,23 @@ def test_the_engine_hears_of_the_model_that_comes_next(bench: Bench) -> None:
     assert asked == [("a", "x"), ("c", "y"), ("b", None)]
 
 
+def test_the_engine_hears_of_the_model_of_a_job_whose_pictures_are_there_already(
+    bench: Bench,
+) -> None:
+    occupied(bench)
+    bench.add("b", model="y", **PICTURED)
+    bench.add("c", model="z", **PICTURED)
+    bench.add("d", model="w")
+    bench.until(lambda: len(bench.fetched) == 2)
+    bench.rounds()
+
+    bench.finish("a")
+
+    complete(bench, *"abcd")
+    asked = [(one.request_id, one.next_model) for one in bench.link.of(RenderJob)]
+    assert asked[1:3] == [("b", "z"), ("c", "w")]
+
+
 def test_where_a_job_is_can_be_seen_while_it_runs_and_no_longer(bench: Bench) -> None:
     occupied(bench)
     bench.progress("a", "denoise", 2, b"webp")
@@ -778,16 +795,22 @@ def test_a_job_that_is_cancelled_while_its_files_are_uploaded_ends_at_once(bench
     assert bench.journal.uploads_due() == []
 
 
-def test_a_job_whose_engine_dies_after_a_cancel_does_not_begin_anew(bench: Bench) -> None:
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_job_whose_engine_dies_after_a_cancel_does_not_begin_anew(
+    bench: Bench, deaths: int
+) -> None:
     bench.link.obeys_cancel = False
-    occupied(bench)
+    bench.link.plays(*[LOST] * (deaths - 1), stays_silent)
+    bench.add("a")
+    bench.start()
+    bench.link.wait_sent(RenderJob, deaths)
     bench.journal.wish_cancel("a")
     bench.link.wait_cancelled("a")
 
     bench.link.emit(*LOST(bench.asked("a")))
 
     cancelled(bench, "a")
-    assert bench.rendered() == ["a"]
+    assert bench.rendered() == ["a"] * deaths
 
 
 # --- engines that die --------------------------------------------------------------------------

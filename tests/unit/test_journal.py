@@ -23,11 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.job_parts import Clock, Tell, asset, nothing, request, says, uploads
-from worker.errors import Busy, Conflict, JournalUnavailable, NotFound, has_trap_word
+from worker.errors import (
+    Busy,
+    Conflict,
+    InvalidRequest,
+    JournalUnavailable,
+    NotFound,
+    has_trap_word,
+)
 from worker.jobs import journal as journal_module
 from worker.jobs.bell import Bell
 from worker.jobs.job import Job, Status
-from worker.jobs.journal import Journal, NewDelivery, Upload
+from worker.jobs.journal import MAX_NESTING, Journal, NewDelivery, Upload
 from worker.jobs.schedule import Waiting
 from worker.jobs.schema import STEPS
 from worker.protocol.messages import WeightedTerm
@@ -124,6 +131,33 @@ def test_everything_about_a_job_comes_back_as_it_was_given(bench: Bench) -> None
     assert (job.source, job.element) == ("sdxl_queue", b"\xff\0{}")
 
 
+def deep(levels: int) -> dict[str, Any]:
+    value: Any = 1
+    for level in range(levels - 1):
+        value = {"a": value} if level % 2 else [value]
+    return {"deep": value}
+
+
+def test_a_body_that_another_thread_could_not_read_is_refused(bench: Bench) -> None:
+    """Or one job would end every process that looks at it."""
+    bench.add("a", given=deep(MAX_NESTING))
+
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_NESTING} deep"):
+        bench.add("b", given=deep(MAX_NESTING + 1))
+
+    assert bench.journal.get("a").given == deep(MAX_NESTING)
+    assert bench.journal.counts()["queued"] == 1
+
+
+def test_of_a_refused_body_that_is_nested_too_deeply_only_the_error_is_kept(bench: Bench) -> None:
+    for _ in range(2):
+        bench.journal.refuse("a", deep(5000), "list", b"e", "too deep", "invalid_request", TOLD)
+
+    job = bench.journal.get("a")
+    assert (job.given, job.error) == ({}, "too deep")
+    assert len(bench.journal.deliveries()) == 1
+
+
 def test_jobs_without_an_id_get_one_each(bench: Bench) -> None:
     ids = {bench.add().id for _ in range(5)}
 
@@ -197,9 +231,33 @@ def test_a_body_that_is_refused_under_the_id_of_another_job_is_a_conflict(bench:
     bench.add("a", given={"steps": 4})
 
     with pytest.raises(Conflict):
-        bench.journal.refuse("a", {"steps": 4}, "wan_queue", b"e", "no", "unsupported", ())
+        bench.journal.refuse("a", {"steps": 5}, "wan_queue", b"e", "no", "unsupported", ())
 
     assert bench.journal.get("a").status is Status.QUEUED
+
+
+def test_a_body_that_was_accepted_before_and_is_refused_now_leaves_its_job(bench: Bench) -> None:
+    job = bench.add("a", given={"steps": 4})
+
+    known = bench.journal.refuse("a", {"steps": 4}, "wan_queue", b"e", "no", "unsupported", ())
+
+    assert (known.id, known.status) == (job.id, Status.QUEUED)
+
+
+def test_a_body_that_was_refused_before_and_is_accepted_now_is_a_new_job(bench: Bench) -> None:
+    bench.journal.refuse("a", {"steps": 4}, "wan_queue", b"e", "no", "unsupported", ())
+
+    job, is_new = bench.journal.add(request("a"), given={"steps": 4})
+
+    assert (is_new, job.status) == (True, Status.QUEUED)
+
+
+def test_a_job_that_came_over_http_and_comes_from_a_list_is_the_lists(bench: Bench) -> None:
+    bench.journal.add(request("a"))
+
+    job, is_new = bench.journal.add(request("a"), source="wan_queue", element=b"e")
+
+    assert (is_new, job.source, job.element) == (False, "wan_queue", b"e")
 
 
 # --- the same again ----------------------------------------------------------------------------
@@ -421,6 +479,17 @@ def test_a_job_that_runs_first_has_overtaken_those_that_came_before_it(bench: Be
     bench.begin("d")
 
     assert [(one.id, one.overtaken) for one in bench.journal.waiting()] == [("a", 2), ("b", 2)]
+
+
+def test_a_job_that_runs_itself_is_not_overtaken(bench: Bench) -> None:
+    for job_id in "ab":
+        bench.add(job_id)
+    bench.begin("a")
+    bench.begin("b")
+
+    bench.journal.requeue("a")
+
+    assert [one.overtaken for one in bench.journal.waiting()] == [0]
 
 
 def test_a_job_that_begins_anew_keeps_its_place_and_tells_nobody_again(bench: Bench) -> None:

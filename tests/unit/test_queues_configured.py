@@ -91,11 +91,12 @@ def test_a_list_named_twice_is_refused() -> None:
 # --- the worker's name -------------------------------------------------------------------------
 
 
-def test_a_pods_id_is_the_workers_name(tmp_path: Path) -> None:
+def test_a_name_tells_its_pod_and_stays_with_the_folder(tmp_path: Path) -> None:
     name = worker_name({"RUNPOD_POD_ID": "abc123"}, tmp_path / "state")
 
-    assert name == "abc123"
-    assert not (tmp_path / "state").exists()
+    assert name.startswith("abc123-")
+    assert worker_name({"RUNPOD_POD_ID": "another"}, tmp_path / "state") == name
+    assert worker_name({"RUNPOD_POD_ID": "abc123"}, tmp_path / "other") != name
 
 
 @pytest.mark.parametrize("pod_id", [None, "", " ", "a b", "a:b", "x" * 65, "ü"])

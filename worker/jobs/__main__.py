@@ -38,6 +38,9 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides when to stop
         service.run()
+        # Senders and look-ups that hang are left behind; whatever they do is done again.
+        logging.shutdown()
+        os._exit(0)
     except ConfigError as exc:
         log.critical("%s", exc)
         return 3  # as gunicorn does for an app that cannot start: trying again cannot help

@@ -81,6 +81,11 @@ def decode_job(body: Any, catalog: Catalog, limits: Limits, exactness: str = "bi
     return _Decoder(body, catalog, limits, exactness).job()
 
 
+def is_job_id(text: str) -> bool:
+    """Whether a client's text can be the id of a job."""
+    return _ID.fullmatch(text) is not None
+
+
 class _Decoder:
     """One body being read."""
 
@@ -179,7 +184,7 @@ class _Decoder:
         given = self._fields.first("id", "job_id", tables=(ROOT,))
         if given is None:
             return None
-        if not isinstance(given, str) or not _ID.fullmatch(given):
+        if not isinstance(given, str) or not is_job_id(given):
             raise InvalidRequest(
                 "id must be 1 to 128 letters, digits, dots, dashes or underscores, "
                 "beginning with a letter or digit"

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 from worker.errors import Conflict, JournalUnavailable, WorkerError
 from worker.jobs.bell import Bell
-from worker.jobs.decode import JobRequest
+from worker.jobs.decode import JobRequest, is_job_id
 from worker.jobs.job import Job, Status
 from worker.jobs.journal import Journal
 from worker.jobs.runner import Teller
 from worker.log import request_scope
 from worker.queues.elements import MalformedElement, decode_element, job_id_of
 from worker.queues.queue import JobQueue, QueueUnavailable
-from worker.storage.rows import JobRows, RowsUnavailable, skip_reason
+from worker.storage.rows import MISSING, JobRows, RowsUnavailable, skip_reason
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ BEAT_EVERY_S = 30.0
 ADOPT_EVERY_S = 60.0
 WATCH_EVERY_S = 5.0  # rows of jobs that have not ended, for a cancel
 AFTER_ERROR_S = 5.0
+HAND_OVER_AFTER_S = 60.0  # without an engine that could work, before others get what waits here
 
 
 class Decode(Protocol):
@@ -54,10 +55,13 @@ class Intake:
         rows: JobRows | None,
         worker: str,
         take_ahead: int,
+        can_work: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ):
         """rows: the table that users cancel jobs in; None: there is none. take_ahead: jobs of the
-        list that may wait here, so that one worker does not take what others could begin now."""
+        list that may wait here, so that one worker does not take what others could begin now.
+        can_work: whether there is an engine with a model for this list. clock: of the wall."""
         self._queue = queue
         self._journal = journal
         self._bell = bell
@@ -66,7 +70,11 @@ class Intake:
         self._rows = rows
         self._worker = worker
         self._take_ahead = take_ahead
+        self._can_work = can_work
         self._clock = clock
+        self._ticks = ticks
+        self._worked_at = ticks()  # when it last could
+        self.handed_over = False  # after `stop_taking`: what had not begun is with others
         self._unread: deque[bytes] = deque()  # taken, and not yet in the journal or let go of
         self._kept: set[bytes] = set()  # taken, and held for jobs that are in the journal
         self._recovered = False
@@ -75,6 +83,11 @@ class Intake:
         self._taking = True
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"list {queue.name}", daemon=True)
+
+    @property
+    def name(self) -> str:
+        """Of the list."""
+        return self._queue.name
 
     def start(self) -> None:
         self._thread.start()
@@ -92,36 +105,59 @@ class Intake:
 
     def _run(self) -> None:
         while not self._stopping:
-            wait_s = TAKE_EVERY_S
+            wait_s, was_taking = TAKE_EVERY_S, self._taking
             try:
                 if self.tick():
                     wait_s = 0.0
+                self.handed_over = self.handed_over or not was_taking
             except (QueueUnavailable, RowsUnavailable, JournalUnavailable) as exc:
                 log.error("%s; trying again in %.0f s", exc, AFTER_ERROR_S)
                 wait_s = AFTER_ERROR_S
+                # A drain does not wait for a server that is away; what lies there is adopted.
+                self.handed_over = not was_taking
             ends = time.monotonic() + wait_s
-            while not self._stopping and (left_s := ends - time.monotonic()) > 0:
+            while (
+                not self._stopping
+                and self._taking == was_taking
+                and (left_s := ends - time.monotonic()) > 0
+            ):
                 time.sleep(min(0.1, left_s))
+
+    def recover(self, *statuses: Status) -> None:
+        """At the start: what lies in this worker's list is accepted again, and jobs in one of
+        these states whose elements another worker has adopted meanwhile are that one's. Raises
+        QueueUnavailable, JournalUnavailable."""
+        held = self._queue.held()
+        self._unread.extend(held)
+        self._recovered = True
+        for job in self._journal.of_source(self._queue.name, *statuses):
+            if job.element is not None and job.element not in held and not job.assets:
+                log.warning("job %s was adopted by another worker", job.id)
+                self._journal.disown(job.id)
 
     def tick(self) -> bool:
         """One round. True when there may be more to take at once."""
         if not self._recovered:
-            self._unread.extend(self._queue.held())
-            self._recovered = True
+            self.recover(Status.QUEUED)
         if self._is_due("beat", BEAT_EVERY_S):
             self._queue.beat()
         if self._is_due("adopt", ADOPT_EVERY_S) and self._taking:
             for worker in self._queue.orphans():
                 log.warning("adopted %d elements of %s", self._queue.adopt(worker), worker)
-        self._let_go()
         while self._unread:
             self._accept_or_bury(self._unread[0])
             self._unread.popleft()
+        self._let_go()  # after it is known what an earlier life held
         if not self._taking:
             self._hand_over()
             return False
         if self._rows is not None and self._is_due("watch", WATCH_EVERY_S):
             self._watch(self._rows)
+        if not self._can_work():
+            if self._ticks() - self._worked_at >= HAND_OVER_AFTER_S:
+                self._hand_over()
+            return False
+        self._worked_at = self._ticks()
         if len(self._journal.of_source(self._queue.name, Status.QUEUED)) >= self._take_ahead:
             return False
         element = self._queue.take()
@@ -159,14 +195,21 @@ class Intake:
     def _accept_body(self, job_id: str, body: dict[str, Any], element: bytes) -> bool:
         """Whether the element has to stay for this job."""
         with request_scope(job_id):
+            if not is_job_id(job_id):
+                self._bury(element, "the id of a job in it is no id that this worker takes")
+                return False
             if self._rows is not None and (why := skip_reason(self._rows.status(job_id))):
                 log.info("skipped: its row is %s", why)
+                if why == MISSING:  # a key that may not see the rows looks the same
+                    self._bury(element, "the table of jobs has no row with this id that the "
+                               "service key may see")  # fmt: skip
                 return False
             try:
                 request = self._decode(body)
                 job, is_new = self._journal.add(
-                    request, given=body, source=self._queue.name, element=element
-                )
+                    request, given=body, source=self._queue.name, element=element,
+                    tell=lambda job: self._tell(job, job.status.value),
+                )  # fmt: skip
                 log.info("%s from %s", "accepted" if is_new else "known", self._queue.name)
                 return job.element == element
             except JournalUnavailable:
@@ -238,8 +281,10 @@ class Intake:
     def _watch(self, rows: JobRows) -> None:
         """Users cancel a job by a word in its row; and a row says that its job is processed."""
         for job in self._open_jobs():
+            if self._is_due("beat", BEAT_EVERY_S):
+                self._queue.beat()
             status = rows.status(job.id)
-            if skip_reason(status) is not None:
+            if status is not None and skip_reason(status) is not None:
                 log.info("job %s is to end: its row is %s", job.id, status)
                 self._journal.wish_cancel(job.id)
             elif job.status is Status.PROCESSING and job.id not in self._marked:
@@ -247,10 +292,11 @@ class Intake:
                 self._marked.add(job.id)
 
     def _open_jobs(self) -> Sequence[Job]:
-        return self._journal.of_source(self._queue.name, Status.QUEUED, Status.PROCESSING)
+        found = self._journal.of_source(self._queue.name, Status.QUEUED, Status.PROCESSING)
+        return [job for job in found if not job.is_uploading]
 
     def _is_due(self, what: str, every_s: float) -> bool:
-        now = self._clock()
+        now = self._ticks()
         if now - self._due.get(what, float("-inf")) < every_s:
             return False
         self._due[what] = now

@@ -22,7 +22,14 @@ from typing import Any
 
 import msgspec
 
-from worker.errors import Busy, Conflict, JournalUnavailable, NotFound, WorkerError
+from worker.errors import (
+    Busy,
+    Conflict,
+    InvalidRequest,
+    JournalUnavailable,
+    NotFound,
+    WorkerError,
+)
 from worker.jobs.bell import Bell
 from worker.jobs.decode import JobRequest
 from worker.jobs.job import Job, Status
@@ -35,9 +42,13 @@ from worker.storage.deliver import Delivery
 log = logging.getLogger(__name__)
 
 JOBS_FOLDER = "jobs"  # in the state folder
+HTTP = "http"  # the source of jobs that came over HTTP
 LOCK_S = 10.0  # how long a write waits for another process's
 TYPICAL_JOB_S = 20.0  # until one has completed
 LEARN_FROM = 20  # completed jobs that Retry-After is computed from
+# Of a body. Python reads JSON less deep the deeper it is called, so that what one thread has
+# written another could not read; real bodies have 4.
+MAX_NESTING = 100
 
 _JOB = "SELECT jobs.*, EXISTS (SELECT 1 FROM wishes WHERE job_id = id) AS cancelled FROM jobs"
 
@@ -110,15 +121,24 @@ class Journal:
         source: str = "http",
         element: bytes | None = None,
         max_waiting: int | None = None,
+        tell: Callable[[Job], Sequence[NewDelivery]] = lambda job: (),
     ) -> tuple[Job, bool]:
         """Accept a job, or find the one that the same id or key has made before.
 
-        given: the body as it came. max_waiting: queued jobs; more are refused.
+        given: the body as it came. max_waiting: queued jobs; more are refused. tell: what is told
+        again of a job of a list that has ended and is pushed once more.
         Returns the job and whether it is new. Raises Conflict when the id or key came with
-        another body, Busy when the queue is full, JournalUnavailable.
+        another body, Busy when the queue is full, InvalidRequest for a body that is nested too
+        deeply to be kept, JournalUnavailable.
         """
+        if given is not None and not _can_be_kept(given):
+            raise InvalidRequest(f"the body is nested more than {MAX_NESTING} deep")
         with self._changing() as database:
             known = self._known(database, request.job_id, key)
+            for job, body_sha256 in known:  # refused before, and the worker has changed since
+                if not body_sha256 and job.given == given:
+                    database.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+                    known = []
             if any(body_sha256 != request.body for _, body_sha256 in known):
                 raise Conflict("this id or Idempotency-Key was used with another body")
             if known:
@@ -128,6 +148,8 @@ class Journal:
                         "UPDATE OR IGNORE jobs SET key = ? WHERE id = ? AND key IS NULL",
                         (key, job.id),
                     )
+                if source != HTTP:
+                    job = self._come_again(database, job, source, element, tell)
                 return job, False
             if max_waiting is not None:
                 self._require_room(database, max_waiting)
@@ -154,9 +176,11 @@ class Journal:
         """Keep a job whose body cannot be honoured as failed, so that whoever sent it is told; the
         one that the same body has made before stays. Raises Conflict when the id came with
         another body."""
+        if not _can_be_kept(given):
+            given = {}
         with self._changing() as database:
             for known, _ in self._known(database, job_id, None):
-                if known.request is not None or known.given != given:
+                if known.given != given:
                     raise Conflict("this id was used with another body")
                 return known
             now = self._clock()
@@ -217,10 +241,13 @@ class Journal:
     def waiting(self) -> list[Waiting]:
         """Queued jobs, oldest first."""
         rows = self._all(
-            "SELECT id, number, model, priority, created_at, not_before, overtaken FROM jobs "
-            "WHERE status = 'queued' ORDER BY number"
+            "SELECT id, number, model, priority, created_at, not_before, overtaken, "
+            "coalesce(json_array_length(request, '$.request.references'), 0) > 0 AS has_references "
+            "FROM jobs WHERE status = 'queued' ORDER BY number"
         )
-        return [Waiting(*row) for row in rows]
+        return [
+            Waiting(**dict(row) | {"has_references": bool(row["has_references"])}) for row in rows
+        ]
 
     def of_source(self, source: str, *statuses: Status) -> list[Job]:
         """Jobs of one list in these states, oldest first."""
@@ -419,10 +446,11 @@ class Journal:
         """Jobs of a list that have ended and of which everybody has been told: what lies of them
         in the processing list may go."""
         return self._jobs(
+            # The third condition is what lets the index be used.
             "WHERE source = ? AND element IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS other "
             "WHERE other.source = jobs.source AND other.element = jobs.element "
-            "AND (other.finished_at IS NULL OR EXISTS (SELECT 1 FROM deliveries "
-            "WHERE job_id = other.id AND state = 'waiting')))",
+            "AND other.element IS NOT NULL AND (other.finished_at IS NULL OR EXISTS "
+            "(SELECT 1 FROM deliveries WHERE job_id = other.id AND state = 'waiting')))",
             (source,),
         )
 
@@ -477,6 +505,24 @@ class Journal:
         """SHA-256 of every file that a job has."""
         return {row[0] for row in self._all("SELECT DISTINCT sha256 FROM blobs")}
 
+    def disown(self, job_id: str) -> None:
+        """Forget a job without files, because another worker has it; nobody is told."""
+        with self._changing() as database:
+            database.execute(
+                "DELETE FROM jobs WHERE id = ? AND finished_at IS NULL AND assets = '[]'", (job_id,)
+            )
+
+    def let_go_of_others(self, sources: Sequence[str]) -> None:
+        """Elements of ended jobs from lists that are no longer read lie there for ever; here they
+        hold nothing up."""
+        marks = ", ".join("?" for _ in sources)
+        with self._changing() as database:
+            database.execute(
+                f"UPDATE jobs SET element = NULL WHERE source NOT IN ({marks}) "
+                "AND finished_at IS NOT NULL",
+                tuple(sources),
+            )
+
     # --- inside --------------------------------------------------------------------------------
 
     def _known(
@@ -487,6 +533,24 @@ class Journal:
             f"{_JOB} WHERE id = ? OR key = ? ORDER BY id = ? DESC", (job_id, key, job_id)
         )
         return [(_job(row), row["body_sha256"]) for row in rows]
+
+    def _come_again(
+        self,
+        database: sqlite3.Connection,
+        job: Job,
+        source: str,
+        element: bytes | None,
+        tell: Callable[[Job], Sequence[NewDelivery]],
+    ) -> Job:
+        """A job that is known comes from a list: whoever pushed it waits to be told."""
+        if job.source == HTTP and not job.status.is_final and not job.assets:
+            database.execute(
+                "UPDATE jobs SET source = ?, element = ? WHERE id = ?", (source, element, job.id)
+            )
+        elif job.source != HTTP and job.status.is_final and job.element is None:
+            database.execute("UPDATE jobs SET element = ? WHERE id = ?", (element, job.id))
+            self._deliver(database, job.id, tell(job))
+        return self._get(database, job.id)
 
     def _require_room(self, database: sqlite3.Connection, max_waiting: int) -> None:
         (waiting,) = database.execute(
@@ -680,6 +744,16 @@ def _cure(exc: Exception) -> str:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return "something else holds it; try again"
     return "look at its disk and at the folder's permissions"
+
+
+def _can_be_kept(given: dict[str, Any]) -> bool:
+    level: list[Any] = [given]
+    for _ in range(MAX_NESTING):
+        level = [inner for one in level for inner in (one.values() if type(one) is dict else one)]
+        level = [inner for inner in level if type(inner) in (dict, list)]
+        if not level:
+            return True
+    return False
 
 
 def _request(row: sqlite3.Row) -> JobRequest | None:

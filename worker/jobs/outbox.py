@@ -58,13 +58,21 @@ class Outbox:
         self._pace = pace
         self._lock = threading.Lock()
         self._busy: set[Lane] = set()
+        self._first: set[Lane] = set()  # of these, what was never tried before
         self._stopping = False
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="deliver")
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
 
     @property
     def active(self) -> int:
-        """Deliveries that are under way."""
+        """Deliveries that are under way for the first time. A drain waits for these; what failed
+        before is told after the next start."""
+        with self._lock:
+            return len(self._first)
+
+    @property
+    def under_way(self) -> int:
+        """Deliveries that are being sent now."""
         with self._lock:
             return len(self._busy)
 
@@ -99,6 +107,8 @@ class Outbox:
             busy.add(one.lane)
             with self._lock:
                 self._busy.add(one.lane)
+                if not one.attempts:
+                    self._first.add(one.lane)
             self._pool.submit(self._send, one)
 
     def _send(self, delivery: Delivery) -> None:
@@ -111,6 +121,7 @@ class Outbox:
             finally:
                 with self._lock:
                     self._busy.discard(delivery.lane)
+                    self._first.discard(delivery.lane)
                 self._bell.ring()
 
     def _outcome(self, delivery: Delivery) -> Outcome:

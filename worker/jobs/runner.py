@@ -62,6 +62,8 @@ FETCH_TRIES = 3
 MAX_FETCHING = 2  # jobs whose pictures are fetched at a time
 FORGET_EVERY_S = 10.0
 
+_BEFORE_RENDER = ("fetching", "ready")
+
 
 class Fetch(Protocol):
     """Brings a picture that a job names into a folder."""
@@ -96,6 +98,7 @@ class _Run:
         self.job = job
         self.stage = "fetching"  # fetching | ready | rendering | saving
         self.cancelled = False
+        self.has_company = False  # another one was rendered while its files were written
 
 
 class JobRunner:
@@ -207,7 +210,10 @@ class JobRunner:
                 run = self._runs.get(job.id)
             if run is None:
                 when = "while its files were uploaded" if job.is_uploading else "before it began"
-                self._end(job, Status.CANCELLED, f"cancelled {when}", Cancelled.code)
+                try:
+                    self._end(job, Status.CANCELLED, f"cancelled {when}", Cancelled.code)
+                except NotFound:  # handed over to another worker, just now
+                    continue
             elif not run.cancelled:
                 with self._lock:
                     run.cancelled = True
@@ -221,6 +227,9 @@ class JobRunner:
             stages = {job_id: run.stage for job_id, run in self._runs.items()}
         # One that waits for another try does not begin before its last thread has ended.
         queued = [one for one in self._journal.waiting() if one.id not in stages]
+        ahead = sum(stage in _BEFORE_RENDER for stage in stages.values())
+        if ahead >= MAX_FETCHING:  # slow pictures of some hold up nobody who has none
+            queued = [one for one in queued if not one.has_references]
         waiting = next_job(queued, self._last_model, self._clock())
         if waiting is None:
             return False
@@ -228,11 +237,8 @@ class JobRunner:
             request = self._journal.get(waiting.id).request
         except NotFound:  # handed over to another worker, just now
             return True
-        ahead = sum(stage in ("fetching", "ready") for stage in stages.values())
-        if request is not None and request.references:
-            if ahead >= MAX_FETCHING:
-                return False
-        elif {"ready", "rendering"} & set(stages.values()):
+        has_references = request is not None and bool(request.references)
+        if not has_references and {"ready", "rendering"} & set(stages.values()):
             return False
         job = self._journal.claim(waiting.id, lambda job: self._tell(job, "processing"))
         if job is None:
@@ -341,10 +347,16 @@ class JobRunner:
                 if run.cancelled:
                     return False
                 run.stage = "ready"
+                if not self._taking:
+                    break
                 if self._is_next(run):
                     run.stage = "rendering"
+                    for other in self._runs.values():
+                        other.has_company = other.has_company or other.stage == "saving"
                     return True
             seen = self._bell.wait(seen, LOOK_EVERY_S)
+        if not self._stopping:  # a drain begins no render
+            self._surely(lambda: self._journal.requeue(run.job.id))
         raise _Stopped
 
     def _is_next(self, run: _Run) -> bool:
@@ -366,20 +378,25 @@ class JobRunner:
             return kept
         self._board.take(JobNews(request_id=run.job.id, phase="references"))
         folder.mkdir(parents=True, exist_ok=True)
-        found = tuple(self._fetch(wanted, folder) for wanted in request.references)
+        found = []
+        for wanted in request.references:
+            if run.cancelled:
+                raise Cancelled("cancelled while its pictures were fetched")
+            found.append(self._fetch(wanted, folder))
         draft = told.with_suffix(".draft")
         draft.write_bytes(msgspec.json.encode(found))
         draft.rename(told)
-        return found
+        return tuple(found)
 
     def _reference_failed(self, run: _Run, error: WorkerError) -> None:
         job = run.job
+        tries = max(1, job.starts - job.restarts - job.attempts)
         log.warning("a reference cannot be had (%s)", error.code)
         if run.cancelled:
             text = "cancelled while its pictures were fetched"
             self._surely(lambda: self._end(job, Status.CANCELLED, text, Cancelled.code))
-        elif error.retry_after_s is not None and job.starts < FETCH_TRIES:
-            after_s = error.retry_after_s * 2 ** (job.starts - 1)
+        elif error.retry_after_s is not None and tries < FETCH_TRIES:
+            after_s = error.retry_after_s * 2 ** (tries - 1)
             self._surely(lambda: self._journal.requeue(job.id, after_s=after_s))
         else:
             self._surely(lambda: self._failed(run, failed(job.id, error)))
@@ -399,14 +416,19 @@ class JobRunner:
                 exactness=request.exactness,
                 priority=request.priority,
                 keep_alive_s=request.keep_alive_s,
-                next_model=self._following_model(request.model),
+                next_model=self._following_model(run, request.model),
                 references=references,
                 checkpoint=str(folder / "checkpoint"),
             )
         )
 
-    def _following_model(self, model: str) -> str | None:
-        """Of the job that will follow one of `model`, as far as is known now."""
+    def _following_model(self, run: _Run, model: str) -> str | None:
+        """Of the job that will follow this one, of `model`, as far as is known now."""
+        with self._lock:
+            begun = [one.job.request for one in self._runs.values() if one.stage in _BEFORE_RENDER]
+        for request in begun:
+            if request is not None:
+                return request.model
         try:
             following = next_job(self._journal.waiting(), model, self._clock())
         except JournalUnavailable:
@@ -470,6 +492,9 @@ class JobRunner:
         elif failure.code == EngineUnavailable.code:
             # It never reached an engine, so this does not count.
             self._journal.requeue(job.id)
+        elif lost and self._is_beside_a_render(run):
+            log.warning("the engine died while this job's files were written; it goes on")
+            self._journal.requeue(job.id)
         elif lost and job.attempts + 1 < MAX_ATTEMPTS:
             log.warning("the engine died on this job; it goes on with the next one")
             self._journal.requeue(job.id, engine_died=True)
@@ -480,6 +505,11 @@ class JobRunner:
             cancelled = failure.code == Cancelled.code
             status = Status.CANCELLED if cancelled else Status.FAILED
             self._end(job, status, failure.error, failure.code)
+
+    def _is_beside_a_render(self, run: _Run) -> bool:
+        """Whether another job was rendered while this one's files were written: more likely it was
+        that one that the engine died of."""
+        return run.stage == "saving" and run.has_company
 
     def _end(self, job: Job, status: Status, error: str, error_code: str) -> None:
         ended = self._journal.end(

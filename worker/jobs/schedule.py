@@ -26,6 +26,7 @@ class Waiting:
     created_at: float = 0.0  # wall clock, seconds
     not_before: float = 0.0
     overtaken: int = 0  # jobs that came later and ran before it
+    has_references: bool = False
 
 
 def next_job(waiting: Iterable[Waiting], last_model: str | None, now: float) -> Waiting | None:

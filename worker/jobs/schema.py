@@ -36,6 +36,7 @@ STEPS = (
         error_code TEXT
     );
     CREATE INDEX jobs_by_status ON jobs (status, number);
+    CREATE INDEX jobs_by_element ON jobs (source, element) WHERE element IS NOT NULL;
     CREATE TABLE wishes (                   -- what fronts want of the runner
         job_id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
         wish TEXT NOT NULL CHECK (wish IN ('cancel')),

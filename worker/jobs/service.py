@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from worker.jobs.bell import Bell
 from worker.jobs.board import Board
 from worker.jobs.decode import JobRequest, decode_job
 from worker.jobs.intake import Intake
+from worker.jobs.job import Status
 from worker.jobs.journal import JOBS_FOLDER, Journal
 from worker.jobs.outbox import Outbox
 from worker.jobs.pictures import Wanted
@@ -40,6 +43,7 @@ from worker.protocol.messages import (
 )
 from worker.protocol.transport import Peer, PeerGone, Server, Waker, socket_path
 from worker.queues.configured import queues_from_environment, worker_name
+from worker.queues.queue import QueueUnavailable
 from worker.storage.addresses import Addresses
 from worker.storage.configured import SERVICE_KEYS, store_from_environment
 from worker.storage.deliver import Sender
@@ -51,6 +55,7 @@ from worker.storage.service import service_from_environment
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 0.5
+CLOSE_S = 8.0  # the supervisor kills 10 s after it has told to end
 SIGN_OFF_S = 10.0  # that a drain waits for the service to see that the ports refuse
 
 
@@ -128,6 +133,16 @@ class RunnerService:
         def decode(body: dict[str, Any]) -> JobRequest:
             return decode_job(body, catalog, settings.limits, settings.media.exactness)
 
+        kinds = {spec.kind for spec in catalog.specs}
+        lists = [name for name in settings.jobs.lists if _kind_of(name) in {None, *kinds}]
+
+        def can_work(name: str) -> bool:
+            """Whether the engine is there, with a model of the list's kind that is whole."""
+            state, kind = self._link.view.state, _kind_of(name)
+            return state is not None and any(
+                kind in (None, model.kind) and not model.problem for model in state.models
+            )
+
         self._intakes = [
             Intake(
                 queue,
@@ -138,8 +153,9 @@ class RunnerService:
                 JobRows(service) if service is not None else None,
                 name,
                 settings.jobs.take_ahead,
+                partial(can_work, queue.name),
             )
-            for queue in queues_from_environment(environment, settings.jobs.lists, name)
+            for queue in queues_from_environment(environment, lists, name)
         ]
         self._registration = registration_from_environment(
             environment, settings.server.chat_port, settings.server.media_port
@@ -152,6 +168,7 @@ class RunnerService:
 
     def run(self) -> None:
         """Work until `stop`. Raises JournalUnavailable when the journal cannot be begun with."""
+        self._look_back()
         self._runner.start()
         loops: list[_Loop] = [self._outbox, *self._intakes]
         loops += [one for one in (self._uploader, self._registration) if one is not None]
@@ -182,9 +199,25 @@ class RunnerService:
             if (now := time.monotonic()) >= tell_at:
                 tell_at = now + STATE_EVERY_S
                 self._send(peers, self._state())
-        for loop in [*loops, self._runner]:
-            loop.close()
+        ending = [threading.Thread(target=one.close) for one in (*loops, self._runner)]
+        for thread in ending:
+            thread.start()
+        ends = time.monotonic() + CLOSE_S
+        for thread in ending:
+            thread.join(max(0.0, ends - time.monotonic()))
         self._server.close()
+
+    def _look_back(self) -> None:
+        """What became of jobs of lists since the last time, before any of them begins."""
+        for intake in self._intakes:
+            try:
+                intake.recover(Status.QUEUED, Status.PROCESSING)
+            except QueueUnavailable as exc:
+                log.error("%s; what was adopted by others meanwhile is not known", exc)
+        if self._intakes:
+            self._journal.let_go_of_others([intake.name for intake in self._intakes])
+        if self._uploader is None and (waiting := self._journal.outbox_counts()["uploads"]):
+            log.error("%d files wait for a store, and none is configured", waiting)
 
     def _drain(self) -> None:
         if self._drain_began is not None:
@@ -206,6 +239,12 @@ class RunnerService:
             and not self._registration.wait_signed_off(0)
         )
 
+    def _handing_over(self) -> int:
+        """Lists whose waiting jobs are still to be handed to other workers."""
+        if self._drain_began is None:
+            return 0
+        return sum(not intake.handed_over for intake in self._intakes)
+
     def _tell_fronts(self, news: JobNews) -> None:
         self._news.append(news)
         self._waker.wake()
@@ -223,9 +262,17 @@ class RunnerService:
             pid=os.getpid(),
             started_at=self._started_at,
             status="draining" if self._drain_began is not None else "ready",
-            active=self._runner.active + self._outbox.active + int(self._signing_off()),
+            active=self._runner.active
+            + self._outbox.active
+            + int(self._signing_off())
+            + self._handing_over(),
             rss_bytes=psutil.Process().memory_info().rss,
         )
+
+
+def _kind_of(name: str) -> str | None:
+    """Of model that a list's jobs need, by its name; None: of any."""
+    return next((kind for kind in ("sdxl", "wan") if name.startswith(kind)), None)
 
 
 class _Fetcher:

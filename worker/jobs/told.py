@@ -7,11 +7,10 @@ from typing import Any
 
 from worker.jobs.callbacks import Facts, asset_keys, callback_body, serialise, webhook_body
 from worker.jobs.job import Job
-from worker.jobs.journal import NewDelivery, Upload
+from worker.jobs.journal import HTTP, NewDelivery, Upload
 from worker.protocol.messages import AssetFile
 from worker.storage.deliver import CALLBACK, PROCESSING, WEBHOOK
 
-HTTP = "http"  # the source of jobs that came over HTTP
 _SEQUENCES = {PROCESSING: 0}  # of a job's events; its end comes after
 
 

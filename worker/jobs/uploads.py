@@ -71,7 +71,7 @@ class Uploader:
                 return
             with request_scope(upload.job_id):
                 if self._is_wanted(upload):
-                    self._bring(upload)
+                    self._bring_or_put_off(upload)
 
     def _is_wanted(self, upload: Upload) -> bool:
         """Whether its job was not cancelled while others were brought."""
@@ -79,6 +79,16 @@ class Uploader:
             return not self._journal.get(upload.job_id).status.is_final
         except NotFound:
             return False
+
+    def _bring_or_put_off(self, upload: Upload) -> None:
+        """One upload that nobody thought of may not end the runner, again and again."""
+        try:
+            self._bring(upload)
+        except JournalUnavailable:
+            raise
+        except Exception:
+            log.exception("an upload failed")
+            self._failed(upload, "unexpected error in the worker; its log has the details", None)
 
     def _bring(self, upload: Upload) -> None:
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -46,19 +47,19 @@ def queues_from_environment(
 
 
 def worker_name(env: Mapping[str, str], state_dir: Path) -> str:
-    """The pod's id, where it can be a worker's name; else a random one that is kept in the file
-    `worker-name` of `state_dir`, so that a restart finds what the earlier life held.
+    """The name that is kept in the file `worker-name` of `state_dir`: it belongs to the journal
+    there, so that whoever goes on with that finds what the earlier life held, on another pod too.
+    A new one has the pod's id in it, where there is one, and chance.
 
     Raises ConfigError where the file cannot be written or does not hold a name.
     """
     pod_id = env.get(POD_ID, "").strip()
-    if WORKER_NAME.fullmatch(pod_id):
-        return pod_id
+    begin = pod_id if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", pod_id) else "worker"
     path = state_dir / NAME_FILE
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _create(path, f"worker-{secrets.token_hex(8)}")
+            _create(path, f"{begin}-{secrets.token_hex(8)}")
         name = path.read_bytes().decode("utf-8", "replace").strip()
     except OSError as exc:
         raise ConfigError(f"the worker's name cannot be kept in {path}: {exc.strerror}") from exc

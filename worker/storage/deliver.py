@@ -27,6 +27,7 @@ WEBHOOK_TIMEOUT_S = 15.0
 
 MIN_WAIT_S = 1.0  # also for a receiver that says it can be asked again at once
 MAX_BACKOFF_S = 300.0
+LEAST_TRIES = 12  # half an hour of them, however old it is: the daemon may have been off for days
 JITTER = 0.2  # of the wait, to both sides
 # Somebody has to change a key, an address or a program before the next try can succeed.
 ALARM_AFTER_S = 600.0
@@ -122,7 +123,7 @@ class Sender:
         except WorkerError as exc:
             # Below 500 it is the address that is refused, and no other moment makes it better.
             return Alarm(f"not sent: {exc}") if exc.status < 500 else Again(f"not taken: {exc}")
-        except httpx.TransportError as exc:
+        except httpx.HTTPError as exc:
             return Again(f"no answer ({type(exc).__name__})")
         return outcome(answer, now)
 
@@ -188,7 +189,7 @@ def backoff_s(attempts: int, random01: float) -> float:
 def is_dead(first_at: float, now: float, attempts: int, give_up_after_s: float) -> bool:
     """Whether a delivery is given up. One that was never tried is not, however old it is: the
     daemon may have been off. first_at, now: wall clock."""
-    return attempts > 0 and now - first_at >= give_up_after_s
+    return attempts >= LEAST_TRIES and now - first_at >= give_up_after_s
 
 
 def next_due(

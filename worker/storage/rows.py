@@ -14,6 +14,7 @@ from worker.storage.pinned import Answer
 from worker.storage.service import Service
 
 TABLE = "/rest/v1/jobs"
+MISSING = "missing"  # no row; or none that the key may see, which looks the same
 TIMEOUT_S = 10.0
 RETRY_AFTER_S = 5.0
 # PostgreSQL's code for a text that is not of the column's type, here: an id that is no UUID.
@@ -73,7 +74,7 @@ class JobRows:
             return self._service.call(
                 method, f"{TABLE}?{query}", headers=headers, content=content, timeout_s=TIMEOUT_S
             )
-        except httpx.TransportError as exc:
+        except httpx.HTTPError as exc:
             raise RowsUnavailable(
                 f"the table of jobs gave no answer ({type(exc).__name__})"
             ) from exc
@@ -85,11 +86,13 @@ def skip_reason(status: str | None) -> str | None:
     status: as `JobRows.status` gives it.
     """
     if status is None:
-        return "missing"
+        return MISSING
     return status if status in _NOTHING_LEFT_TO_DO else None
 
 
 def _cannot_have_a_row(answer: Answer) -> bool:
+    if answer.status == 414:  # an id that is longer than any
+        return True
     match _json(answer):
         case {"code": code}:
             return answer.status == 400 and code == _NOT_OF_THE_TYPE

@@ -284,7 +284,7 @@ class _Upload:
                 content=body,
                 timeout=httpx.Timeout(seconds, connect=CONNECT_S, write=STALL_S),
             )
-        except httpx.TransportError as exc:
+        except httpx.HTTPError as exc:
             raise unreachable(self._store.name, self._key, exc) from exc
 
     def _blocks(self, start: int, length: int, deadline: float) -> Iterator[bytes]:
