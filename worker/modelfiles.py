@@ -53,9 +53,7 @@ def check_files(
     found = list(_problems(spec))
     if not found and full:
         found = list(_hash_problems(spec, progress))
-    return [
-        Problem(spec.id, _shown(spec, path), what, _cure(spec, path)) for path, what in found
-    ]
+    return [Problem(spec.id, _shown(spec, path), what, _cure(spec, path)) for path, what in found]
 
 
 def require_files(spec: ModelSpec) -> None:
