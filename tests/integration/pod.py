@@ -42,7 +42,8 @@ class Pod:
         _, port = free_ports(2)
         self.url = f"http://127.0.0.1:{port}"
         self._profile = folder / "pod.toml"
-        self._profile.write_text((CONFIGS / "demo.toml").read_text())
+        demo = (CONFIGS / "demo.toml").read_text()
+        self._profile.write_text(demo.replace("keep_finished = 200", "keep_finished = 100000"))
         self._step_s = step_s
         self._environment = {
             **{name: value for name, value in os.environ.items() if "SUPABASE" not in name},
