@@ -638,7 +638,9 @@ class Quick:
         self.in_a_step: Callable[[], None] = lambda: None
         self.steps = 0
 
-    def denoise(self, params: RenderParams, texts: Any, course: Course) -> torch.Tensor:
+    def denoise(
+        self, params: RenderParams, texts: Any, course: Course, given: Any = None
+    ) -> torch.Tensor:
         self.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         self.scheduler.set_timesteps(params.steps)
         with course.of(self, self.denoiser) as arguments:

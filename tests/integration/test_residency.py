@@ -199,11 +199,11 @@ def test_out_of_memory_climbs_to_the_next_way_and_says_so(
     model = bench.engine._models.get("demo-image")
     denoise, tries = model.denoise, []
 
-    def once_too_much(*args: Any) -> Any:
+    def once_too_much(*args: Any, **more: Any) -> Any:
         tries.append(1)
         if len(tries) == 2:  # in the middle of the job, with the first picture's latents there
             raise torch.OutOfMemoryError("injected")
-        return denoise(*args)
+        return denoise(*args, **more)
 
     monkeypatch.setattr(model, "denoise", once_too_much)
     done = bench.done("demo-image", "b")
