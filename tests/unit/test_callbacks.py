@@ -616,7 +616,7 @@ def test_the_wait_is_spread_by_a_fifth_and_never_shrinks_with_failures(
 
 @pytest.mark.parametrize(
     ("attempts", "age_s", "dead"),
-    [(1, 100.0, True), (1, 99.0, False), (0, 1e9, False), (50, 0.0, False), (1, -5.0, False)],
+    [(12, 100.0, True), (12, 99.0, False), (11, 1e9, False), (50, 0.0, False), (12, -5.0, False)],
 )
 def test_a_delivery_that_was_tried_is_given_up_after_a_time(
     attempts: int, age_s: float, dead: bool
