@@ -15,7 +15,7 @@ _host = _settings.server.host
 
 bind = f"[{_host}]:{_port}" if ":" in _host else f"{_host}:{_port}"
 worker_class = "worker.front.threads.FrontWorker"  # gthread, with our shape of errors
-workers = 1  # the job table and the links live in this one process
+workers = 1  # the links and the board of jobs live in this one process
 threads = app.threads(_settings, _name)
 worker_connections = 1000
 preload_app = False  # links are threads and sockets; they must be made after the fork

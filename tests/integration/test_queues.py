@@ -547,6 +547,22 @@ def test_what_was_adopted_from_a_worker_is_no_longer_its_own_to_move(
     assert not look.exists(name, f"{name}:dead")
 
 
+def test_a_worker_finds_that_it_was_adopted_until_it_has_noted_it(
+    make: MakeQueue, look: redis.Redis, name: str
+) -> None:
+    push(look, name, b"a")
+    slow, other = make("slow"), make()
+    slow.take()
+    seem_dead(look, name, "slow")
+    before = slow.was_adopted()
+    other.adopt("slow")
+
+    found = slow.was_adopted(), other.was_adopted()
+    slow.note_adoption()
+
+    assert (before, found, slow.was_adopted()) == (False, (True, False), False)
+
+
 def test_a_worker_does_not_adopt_itself(make: MakeQueue) -> None:
     with pytest.raises(ValueError, match="its own"):
         make("worker-1").adopt("worker-1")

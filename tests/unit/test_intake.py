@@ -41,6 +41,7 @@ class Queue:
         self.dead: list[tuple[bytes, str, str, str]] = []
         self.orphaned: dict[str, list[bytes]] = {}
         self.beats = 0
+        self.is_adopted = False
         self.is_closed = False
         self.down: set[str] = set()  # methods that raise QueueUnavailable
         self.calls: list[str] = []
@@ -94,6 +95,14 @@ class Queue:
         elements = self.orphaned.pop(worker, [])
         self.waiting_elements[:0] = elements
         return len(elements)
+
+    def was_adopted(self) -> bool:
+        self._call("was_adopted")
+        return self.is_adopted
+
+    def note_adoption(self) -> None:
+        self._call("note_adoption")
+        self.is_adopted = False
 
     def close(self) -> None:
         self.is_closed = True
@@ -578,12 +587,25 @@ def test_what_another_worker_has_adopted_is_not_made_here(bench: Bench) -> None:
     bench.push(element("a"), element("b"))
     bench.ticks()
     bench.queue.processing.remove(element("a"))
+    bench.queue.is_adopted = True
     bench.restart()
 
     bench.intake.recover(Status.QUEUED, Status.PROCESSING)
 
     assert bench.jobs() == ["b"]
     assert bench.journal.deliveries() == []
+    assert not bench.queue.is_adopted
+
+
+def test_jobs_of_a_server_that_lost_its_data_are_made_all_the_same(bench: Bench) -> None:
+    bench.push(element("a"), element("b"))
+    bench.ticks()
+    bench.queue.processing.clear()
+    bench.restart()
+
+    bench.intake.recover(Status.QUEUED, Status.PROCESSING)
+
+    assert bench.jobs() == ["a", "b"]
 
 
 @pytest.mark.parametrize("status", ["cancelled", "completed"])

@@ -80,7 +80,7 @@ class Bench:
     def tick(self) -> None:
         """One round, and all that was sent in it has come to its end."""
         self.outbox.tick()
-        self.until(lambda: not self.outbox.under_way)
+        self.until(lambda: not self.outbox._busy)
 
     def until(self, is_so: Callable[[], bool]) -> None:
         seen, ends = -1, time.monotonic() + PATIENCE_S
@@ -159,7 +159,7 @@ def test_a_finish_waits_for_what_is_on_its_way(bench: Bench) -> None:
 
     heard_before = bench.receiver.contents
     gate.opened.set()
-    bench.until(lambda: not bench.outbox.under_way)
+    bench.until(lambda: not bench.outbox._busy)
     bench.tick()
     assert heard_before == [b"begun"]
     assert bench.receiver.contents == [b"begun", b"ended"]
@@ -210,9 +210,9 @@ def test_no_more_than_a_few_are_sent_at_a_time(bench: Bench) -> None:
     bench.outbox.tick()
     bench.outbox.tick()
 
-    busy = bench.outbox.under_way
+    busy = len(bench.outbox._busy)
     gate.opened.set()
-    bench.until(lambda: not bench.outbox.under_way)
+    bench.until(lambda: not bench.outbox._busy)
     bench.tick()
     assert busy == AT_A_TIME
     assert (
@@ -249,13 +249,13 @@ def test_what_is_heard_while_a_round_reads_the_journal_is_not_sent_again(
     def read_and_hear() -> list[Delivery]:
         waiting = read()
         gate.opened.set()
-        bench.until(lambda: not bench.outbox.under_way)
+        bench.until(lambda: not bench.outbox._busy)
         return waiting
 
     monkeypatch.setattr(bench.journal, "deliveries", read_and_hear)
     bench.outbox.tick()
 
-    bench.until(lambda: not bench.outbox.under_way)
+    bench.until(lambda: not bench.outbox._busy)
     assert bench.receiver.contents == [b"begun"]
 
 

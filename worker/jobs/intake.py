@@ -126,14 +126,20 @@ class Intake:
     def recover(self, *statuses: Status) -> None:
         """At the start: what lies in this worker's list is accepted again, and jobs in one of
         these states whose elements another worker has adopted meanwhile are that one's. Raises
-        QueueUnavailable, JournalUnavailable."""
+        QueueUnavailable, JournalUnavailable.
+
+        That an element is gone is not enough: a server that lost its data has lost it for all,
+        and then this journal alone knows the job.
+        """
         held = self._queue.held()
+        if self._queue.was_adopted():
+            for job in self._journal.of_source(self._queue.name, *statuses):
+                if job.element is not None and job.element not in held and not job.assets:
+                    log.warning("job %s was adopted by another worker", job.id)
+                    self._journal.disown(job.id)
+            self._queue.note_adoption()
         self._unread.extend(held)
         self._recovered = True
-        for job in self._journal.of_source(self._queue.name, *statuses):
-            if job.element is not None and job.element not in held and not job.assets:
-                log.warning("job %s was adopted by another worker", job.id)
-                self._journal.disown(job.id)
 
     def tick(self) -> bool:
         """One round. True when there may be more to take at once."""

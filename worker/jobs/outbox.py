@@ -70,12 +70,6 @@ class Outbox:
         with self._lock:
             return len(self._first)
 
-    @property
-    def under_way(self) -> int:
-        """Deliveries that are being sent now."""
-        with self._lock:
-            return len(self._busy)
-
     def start(self) -> None:
         self._thread.start()
 

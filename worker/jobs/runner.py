@@ -141,9 +141,8 @@ class JobRunner:
         self._clock = clock
         self._lock = threading.Lock()
         self._files = threading.Lock()  # a file may not be removed while it gets a second owner
-        self._unwritten: dict[
-            str, set[str]
-        ] = {}  # published files of a job, not yet in the journal
+        # Published files of a job that are not yet in the journal.
+        self._unwritten: dict[str, set[str]] = {}
         self._runs: dict[str, _Run] = {}  # in the order in which they began
         self._threads: list[threading.Thread] = []
         self._last_model: str | None = None
@@ -285,6 +284,7 @@ class JobRunner:
                 with self._lock:
                     del self._runs[job.id]
                 self._board.take(JobNews(request_id=job.id, phase=None))
+                self._bell.ring()
 
     def _make_or_fail(self, run: _Run) -> None:
         job = run.job

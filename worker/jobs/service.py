@@ -17,6 +17,7 @@ import zmq
 
 from worker.catalog import media_catalog
 from worker.config import Settings
+from worker.jobs.announce import MEDIA
 from worker.jobs.bell import Bell
 from worker.jobs.board import Board
 from worker.jobs.decode import JobRequest, decode_job
@@ -45,12 +46,12 @@ from worker.protocol.transport import Peer, PeerGone, Server, Waker, socket_path
 from worker.queues.configured import queues_from_environment, worker_name
 from worker.queues.queue import QueueUnavailable
 from worker.storage.addresses import Addresses
-from worker.storage.configured import SERVICE_KEYS, store_from_environment
+from worker.storage.configured import store_from_environment
 from worker.storage.deliver import Sender
 from worker.storage.pinned import PinnedHttp
 from worker.storage.references import PictureLimits, SupabaseObjects, fetch_picture
 from worker.storage.rows import JobRows
-from worker.storage.service import service_from_environment
+from worker.storage.service import project, service_from_environment
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class RunnerService:
         service = service_from_environment(environment)
         self._bell = Bell()
         self._journal = Journal(folder, self._bell)
-        self._board = Board(self._bell, self._tell_fronts)
+        # Nobody here waits for steps, and every loop reads the journal when its bell is rung.
+        self._board = Board(Bell(), self._tell_fronts)
         self._link = Link(
             context, socket_path(settings.state_dir, "engine media"), RUNNER, "engine media"
         )
@@ -95,15 +97,13 @@ class RunnerService:
             stores=store is not None,
             media_url=public_urls(
                 environment, settings.server.chat_port, settings.server.media_port
-            ).get("media"),
+            ).get(MEDIA),
         )
         # What jobs name as pictures may lie in the project's own storage on the same network; what
         # they name as webhooks has no business with it.
-        operators = frozenset(settings.jobs.trusted_origins)
-        trusted = frozenset(
-            [*settings.jobs.trusted_origins, *([_supabase(environment)[0]] if service else [])]
-        )
-        http = PinnedHttp(Addresses(trusted))
+        trusted = frozenset(settings.jobs.trusted_origins)
+        found = project(environment)
+        http = PinnedHttp(Addresses(trusted | {found[0]} if found is not None else trusted))
         self._runner = JobRunner(
             self._journal,
             self._board,
@@ -125,7 +125,7 @@ class RunnerService:
         self._outbox = Outbox(
             self._journal,
             self._bell,
-            Sender(service, PinnedHttp(Addresses(operators))),
+            Sender(service, PinnedHttp(Addresses(trusted))),
             settings.jobs.deliver_for_s,
         )
         catalog = media_catalog(settings)
@@ -214,8 +214,7 @@ class RunnerService:
                 intake.recover(Status.QUEUED, Status.PROCESSING)
             except QueueUnavailable as exc:
                 log.error("%s; what was adopted by others meanwhile is not known", exc)
-        if self._intakes:
-            self._journal.let_go_of_others([intake.name for intake in self._intakes])
+        self._journal.let_go_of_others([intake.name for intake in self._intakes])
         if self._uploader is None and (waiting := self._journal.outbox_counts()["uploads"]):
             log.error("%d files wait for a store, and none is configured", waiting)
 
@@ -284,16 +283,10 @@ class _Fetcher:
         self._limits = PictureLimits(
             limits.reference_bytes, limits.reference_pixels, limits.reference_s
         )
-        url, key = _supabase(environment)
-        self._storage = SupabaseObjects(url, key, http) if url and key else None
+        found = project(environment)
+        self._storage = SupabaseObjects(*found, http) if found is not None else None
 
     def __call__(self, wanted: Wanted, folder: Path) -> Reference:
         return fetch_picture(
             wanted.source, wanted.role, folder, self._http, self._limits, self._storage
         )
-
-
-def _supabase(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Address and key of the project; empty where they are not set."""
-    keys = (environment.get(name, "").strip() for name in SERVICE_KEYS)
-    return environment.get("SUPABASE_URL", "").strip(), next((one for one in keys if one), "")

@@ -11,8 +11,6 @@ from worker.jobs.journal import HTTP, NewDelivery, Upload
 from worker.protocol.messages import AssetFile
 from worker.storage.deliver import CALLBACK, PROCESSING, WEBHOOK
 
-_SEQUENCES = {PROCESSING: 0}  # of a job's events; its end comes after
-
 
 class Tellers:
     """Deliveries of a job's events, and places of its files. Immutable."""
@@ -35,7 +33,7 @@ class Tellers:
             if body is not None:
                 told.append(NewDelivery(CALLBACK, name, serialise(body)))
         if request is not None and request.webhook_url is not None:
-            body = webhook_body(self._facts(job), _SEQUENCES.get(name, 1), self._urls(job))
+            body = webhook_body(self._facts(job), int(name != PROCESSING), self._urls(job))
             told.append(
                 NewDelivery(
                     WEBHOOK, name, serialise(body), request.webhook_url, request.webhook_secret

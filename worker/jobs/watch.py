@@ -19,7 +19,7 @@ RUNNER = "runner"
 
 
 class RunnerWatch:
-    """One connection to the runner, on a thread of its own. `look` and `present` from any thread.
+    """One connection to the runner, on a thread of its own. `look` from any thread.
 
     What is missed while the runner is away is in the journal.
     """
@@ -41,7 +41,6 @@ class RunnerWatch:
         self._changed = changed
         self._waker = Waker()
         self._wanted = False
-        self.present = False
         threading.Thread(target=self._run, name="runner watch", daemon=True).start()
 
     def look(self) -> None:
@@ -62,10 +61,8 @@ class RunnerWatch:
                 match event:
                     case Connected():
                         client.answer_connected(Hello(peer=self._me))
-                        self.present = True
-                        self._changed()
+                        self._changed()  # what was missed is in the journal
                     case Disconnected():
-                        self.present = False
                         self._board.clear()
                         self._changed()
                     case JobNews():

@@ -7,6 +7,7 @@ versions refuse each other instead of guessing.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -238,10 +239,11 @@ class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
     def nominal_steps(self) -> int:
         """Steps of the whole schedule, of which a job that begins from a picture runs the last
         ones: as many as are asked for, or the least that leave it one to run."""
-        steps = self.steps
-        while self.mode in ("image", "copy") and self.strength and int(steps * self.strength) < 1:
-            steps += 1
-        return steps
+        strength = self.strength if self.mode in ("image", "copy") else None
+        if not strength or int(self.steps * strength) >= 1:
+            return self.steps
+        least = math.ceil(1 / strength)
+        return least if int(least * strength) >= 1 else least + 1  # 1/49 rounds so that 49 give 0
 
     @property
     def passes(self) -> int:

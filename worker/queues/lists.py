@@ -69,6 +69,7 @@ if redis.call('EXISTS', KEYS[4]) == 1 then return 0 end
 local moved = 0
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do moved = moved + 1 end
 redis.call('SREM', KEYS[3], ARGV[1])
+if moved > 0 then redis.call('SADD', KEYS[5], ARGV[1]) end
 return moved
 """
 
@@ -88,6 +89,7 @@ class ListQueue(ABC):
         self._processing, self._alive = self._keys_of(worker)
         self._workers = f"{name}:workers"
         self._dead = f"{name}:dead"
+        self._adopted = f"{name}:adopted"
         self._lock = threading.Lock()
         # What was handed out and is not settled. An element in the processing list beyond these
         # was moved by a `take` whose answer never came.
@@ -177,8 +179,15 @@ class ListQueue(ABC):
         checked_worker(worker)
         if worker == self._worker:
             raise ValueError("a worker cannot adopt its own elements; held() has them")
-        keys = self._name, self._keys_of(worker)[0], self._workers, self._keys_of(worker)[1]
+        processing, alive = self._keys_of(worker)
+        keys = self._name, processing, self._workers, alive, self._adopted
         return _number(self._run("EVAL", _ADOPT, len(keys), *keys, worker))
+
+    def was_adopted(self) -> bool:
+        return _number(self._run("SISMEMBER", self._adopted, self._worker)) == 1
+
+    def note_adoption(self) -> None:
+        self._run("SREM", self._adopted, self._worker)
 
     def _keys_of(self, worker: str) -> tuple[str, str]:
         return f"{self._name}:processing:{worker}", f"{self._name}:alive:{worker}"

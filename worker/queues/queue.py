@@ -6,6 +6,7 @@ Keys of a list named `sdxl_queue`, as they stand on the server:
     sdxl_queue:processing:{worker}   elements that a worker has taken and not settled, oldest left
     sdxl_queue:dead                  elements that no worker can read or run, each with its reason
     sdxl_queue:workers               names of workers that may have a processing list
+    sdxl_queue:adopted               names of workers whose elements others have adopted
     sdxl_queue:alive:{worker}        there while the worker lives; gone ALIVE_S after its last sign
 
 A name belongs to one process at a time.
@@ -104,6 +105,12 @@ class JobQueue(Protocol):
     def adopt(self, worker: str) -> int:
         """Put the elements of an orphan back in front of the list, in their order, and return how
         many; 0 where it lives again or another worker was quicker."""
+
+    def was_adopted(self) -> bool:
+        """Whether another worker has adopted elements of this one, until `note_adoption`."""
+
+    def note_adoption(self) -> None:
+        """What was adopted is known here."""
 
     def close(self) -> None:
         """Close the connections."""

@@ -87,17 +87,23 @@ class Service:
         )
 
 
-def service_from_environment(env: Mapping[str, str]) -> Service | None:
-    """The project of SUPABASE_URL and one of SERVICE_KEYS (the first that is set), with
-    JOB_CALLBACK_SECRET; None when neither is set. Blanks around a value are dropped.
+def project(env: Mapping[str, str]) -> tuple[str, str] | None:
+    """SUPABASE_URL and one of SERVICE_KEYS (the first that is set); None when neither is set.
+    Blanks around a value are dropped.
 
     Raises ConfigError for one without the other.
     """
-    values = {name: text for name, value in env.items() if (text := value.strip())}
-    key = next((values[name] for name in SERVICE_KEYS if name in values), None)
-    if URL not in values and key is None:
-        return None
-    if key is None or URL not in values:
-        missing = URL if key is not None else " or ".join(SERVICE_KEYS)
+    url = env.get(URL, "").strip()
+    key = next((text for name in SERVICE_KEYS if (text := env.get(name, "").strip())), "")
+    if bool(url) != bool(key):
+        missing = " or ".join(SERVICE_KEYS) if url else URL
         raise ConfigError(f"{missing} is missing, without which nothing can be told to Supabase")
-    return Service(values[URL], key, values.get(CALLBACK_SECRET))
+    return (url, key) if url else None
+
+
+def service_from_environment(env: Mapping[str, str]) -> Service | None:
+    """The `project`, with JOB_CALLBACK_SECRET. Raises as that does."""
+    found = project(env)
+    if found is None:
+        return None
+    return Service(*found, env.get(CALLBACK_SECRET, "").strip() or None)
