@@ -1,0 +1,1 @@
+"""Frozen values that the gateway's parts hand to each other. No I/O, no clock, no library."""
