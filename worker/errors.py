@@ -123,6 +123,13 @@ class Unsupported(WorkerError):
     code = "unsupported"
 
 
+class MessagesRequired(WorkerError):
+    """A bare prompt came where only finished messages are run; the text says who makes them."""
+
+    status = 422
+    code = "messages_required"
+
+
 class ReferenceRefused(WorkerError):
     """A picture that a job names, or an address, will not be fetched: asking again cannot help."""
 

@@ -21,7 +21,15 @@ WRONG = {"Authorization": f"Bearer {KEY}x"}
 Route = tuple[str, str]  # method, path
 
 OPEN: list[Route] = [("GET", "/health"), ("GET", "/worker/info")]
-CHAT_INFERENCE: list[Route] = [("POST", "/chat"), ("POST", "/enhance"), ("POST", "/generate")]
+CHAT_OPEN: list[Route] = [*OPEN, ("GET", "/enhancement/info")]
+CHAT_INFERENCE: list[Route] = [
+    ("POST", "/chat"),
+    ("POST", "/enhance"),
+    ("POST", "/enhance/sdxl"),
+    ("POST", "/enhance/universal"),
+    ("POST", "/enhance/wan"),
+    ("POST", "/generate"),
+]
 MEDIA_INFERENCE: list[Route] = [
     ("POST", "/generate"),
     ("GET", "/jobs/j1"),
@@ -70,7 +78,7 @@ def test_the_lists_of_this_file_name_every_route(
 ) -> None:
     chat, media = make_chat(), make_media()
 
-    assert routes_of(chat.app) == {*OPEN, *CHAT_INFERENCE, *CHAT_ADMIN}
+    assert routes_of(chat.app) == {*CHAT_OPEN, *CHAT_INFERENCE, *CHAT_ADMIN}
     assert routes_of(media.app) == {*OPEN, ("GET", "/"), *MEDIA_INFERENCE, *MEDIA_ADMIN}
 
 
@@ -84,7 +92,7 @@ def test_without_keys_everything_on_the_chat_port_is_open(
 
     statuses = [
         call(port, route, headers)
-        for route in (*OPEN, *CHAT_INFERENCE, *CHAT_ADMIN)
+        for route in (*CHAT_OPEN, *CHAT_INFERENCE, *CHAT_ADMIN)
         for headers in (None, {"Authorization": "Bearer whatever"}, {"Authorization": "Basic eA"})
     ]
 

@@ -110,7 +110,7 @@ def message(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"prompt": "x"}, "messages"),
+        ({"max_tokens": 5}, "messages"),
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": {}}, "messages"),

@@ -21,6 +21,7 @@ from worker.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    MessagesRequired,
     OutOfRange,
     TooLarge,
     WorkerError,
@@ -66,6 +67,9 @@ STREAM_STARTS_S = 20.0
 COMMENT_EVERY_S = 15.0
 # How much longer than its deadline the front waits for an engine that should have answered.
 ENGINE_GRACE_S = 5.0
+
+# Of the program that turns prompts into messages; this one has no prompt logic.
+GATEWAY_ROUTE = "/functions/v1/enhance-prompt"
 
 _COMPLETION_KEYS = {
     "max_tokens",
@@ -380,11 +384,14 @@ def ask(link: Link, message: Message, timeout_s: float) -> Message:
 
 
 def blueprint(parser: ChatParser, chat: ChatService, stats: ChatStats) -> Blueprint:
-    """POST /chat, /generate and /enhance."""
+    """POST /chat, /generate and /enhance, the last under four names."""
     bp = Blueprint("chat", __name__)
 
     def answer(text_key: str, max_tokens: int) -> ResponseReturnValue:
-        parsed = parser.parse(read_json(request), max_tokens=max_tokens)
+        body = read_json(request)
+        if text_key == "enhanced_prompt":
+            refuse_bare_prompt(body)
+        parsed = parser.parse(body, max_tokens=max_tokens)
         stats.count(parsed)
         client = request.environ.get("gunicorn.socket")
         generation = chat.begin(parsed, g.request_id)
@@ -401,10 +408,27 @@ def blueprint(parser: ChatParser, chat: ChatService, stats: ChatStats) -> Bluepr
         return answer("response", max_tokens=512)
 
     @bp.post("/enhance")
+    @bp.post("/enhance/sdxl")
+    @bp.post("/enhance/wan")
+    @bp.post("/enhance/universal")
     def enhance_route() -> ResponseReturnValue:
         return answer("enhanced_prompt", max_tokens=200)  # this route never says "response"
 
     return bp
+
+
+def refuse_bare_prompt(body: Any) -> None:
+    """Raise MessagesRequired for a prompt without messages: which system message and which limits
+    it needs is decided by the program that calls, never here."""
+    if not isinstance(body, dict) or body.get("messages") is not None:
+        return
+    bare = [key for key in ("prompt", "original_prompt") if isinstance(body.get(key), str)]
+    if bare:
+        raise MessagesRequired(
+            f"{bare[0]} came without messages, and this worker runs only messages as they are; "
+            f"send this body to POST {GATEWAY_ROUTE} of the prompt gateway (port 7862), which "
+            "makes them, or send messages"
+        )
 
 
 def debug_blueprint(parser: ChatParser, chat: ChatService) -> Blueprint:

@@ -18,7 +18,7 @@ from worker import __version__
 from worker.catalog import Catalog
 from worker.errors import JournalUnavailable
 from worker.front import errors
-from worker.front.chat import KNOWN_KEYS, ChatStats
+from worker.front.chat import GATEWAY_ROUTE, KNOWN_KEYS, ChatStats
 from worker.front.drain import Drainer
 from worker.jobs.journal import Journal
 from worker.jobs.types import JOB_TYPES
@@ -151,7 +151,7 @@ class Reporter:
 def chat_blueprint(
     reporter: Reporter, stats: ChatStats, endpoints: Callable[[], list[str]]
 ) -> Blueprint:
-    """GET /health and /worker/info of the chat port."""
+    """GET /health, /worker/info and /enhancement/info of the chat port."""
     bp = Blueprint("health", __name__)
 
     @bp.get("/health")
@@ -187,6 +187,21 @@ def chat_blueprint(
                     "max_tokens": 62,
                 },
             },
+        }
+
+    @bp.get("/enhancement/info")
+    def enhancement_route() -> ResponseReturnValue:
+        shown = ("id", "aliases", "display_name", "status", "context_tokens", "tokenizer_sha256",
+                 "template", "template_sha256")  # fmt: skip
+        return {
+            "worker_type": WORKER_TYPE,
+            "accepts": "messages",
+            "prompt_logic": "none",
+            "note": "messages run as they arrive; a bare prompt is turned into messages by the "
+            f"prompt gateway: POST {GATEWAY_ROUTE} (port 7862)",
+            "routes": [one for one in endpoints() if one.startswith("/enhance/")] + ["/enhance"],
+            "default_model": reporter.catalog.default("chat").id,
+            "models": [{key: model.get(key) for key in shown} for model in reporter.models_body()],
         }
 
     return bp

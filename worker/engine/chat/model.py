@@ -245,6 +245,7 @@ class LanguageModel:
             "kv_tokens": self._whole_blocks * BLOCK_TOKENS,
             "tokenizer_sha256": self.reader.tokenizer.sha256,
             "template": self.reader.template.name,
+            "template_sha256": self.reader.template.sha256,
             "weights": self.weights,
         }
 

@@ -7,11 +7,16 @@ consecutive roles.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from worker.errors import ConfigError
 from worker.protocol.messages import ChatMessage
+from worker.receipt import canonical_json
+
+# What a template's hash is made from: one message of each role, in the usual order.
+_PROBE = (ChatMessage("system", "s"), ChatMessage("user", "u"), ChatMessage("assistant", "a"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,13 @@ class Template:
     controls: tuple[str, ...]  # tokens that the model's tokenizer must have
     end: str  # the control token that ends an answer
     render: Callable[[Iterable[ChatMessage]], list[Piece]]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of what the template makes of three short messages, as canonical JSON pairs
+        ["control" | "text", text]: docs/http-api.md#state-of-the-worker."""
+        pieces = [[type(one).__name__.lower(), one.text] for one in self.render(_PROBE)]
+        return hashlib.sha256(canonical_json(pieces)).hexdigest()
 
 
 def _chatml(messages: Iterable[ChatMessage]) -> list[Piece]:
