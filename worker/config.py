@@ -212,6 +212,16 @@ class AdapterEntry(Section):
         return self
 
 
+class GatewayPlace(BaseModel):
+    """[gateway]: the prompt gateway is started beside the worker. It is a program of its own, which
+    reads and checks its other settings itself; here is only what its supervisor needs."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    host: str = "127.0.0.1"
+    port: Port = 7862
+
+
 class Profile(Section):
     """A whole profile file."""
 
@@ -222,6 +232,7 @@ class Profile(Section):
     media: Media = Media()
     jobs: Jobs = Jobs()
     daemon: Daemon = Daemon()
+    gateway: GatewayPlace | None = None
     residency: dict[Name, Residency] = {}  # by model id
     models: list[ModelEntry] = []
     adapters: list[AdapterEntry] = []
@@ -250,6 +261,7 @@ class Settings(BaseModel):
     media: Media
     jobs: Jobs = Jobs()
     daemon: Daemon
+    gateway: GatewayPlace | None = None  # None: it is not started
     residency: dict[str, Residency] = {}
     models: tuple[ModelEntry, ...]  # catalog and profile together; the profile's come last
     declared_ids: tuple[str, ...]  # those of `models` that the profile itself declares
@@ -303,6 +315,7 @@ def load_settings(profile: str, env: Mapping[str, str], configs: Path = CONFIGS)
         media=loaded.media,
         jobs=loaded.jobs,
         daemon=loaded.daemon,
+        gateway=_gateway(loaded.gateway, server, env),
         residency=loaded.residency,
         models=tuple(models),
         declared_ids=tuple(entry.id for entry in loaded.models),
@@ -417,17 +430,34 @@ def _refuse_twice(entries: Sequence[ModelEntry], path: Path) -> None:
 def _override_ports(server: Server, env: Mapping[str, str]) -> Server:
     values = server.model_dump()
     for key in ("chat_port", "media_port"):
-        raw = env.get(f"VERBATIM_{key.upper()}")
-        if raw:
-            if not raw.isdecimal() or not 1 <= int(raw) <= 65535:
-                raise ConfigError(f"VERBATIM_{key.upper()}={raw!r} is not a port (1 to 65535)")
-            values[key] = int(raw)
+        values[key] = _port(f"VERBATIM_{key.upper()}", env) or values[key]
     if values["chat_port"] == values["media_port"]:
         raise ConfigError(
             f"with VERBATIM_CHAT_PORT and VERBATIM_MEDIA_PORT as they are set, chat_port and "
             f"media_port are both {values['chat_port']}"
         )
     return Server.model_validate(values)
+
+
+def _gateway(
+    place: GatewayPlace | None, server: Server, env: Mapping[str, str]
+) -> GatewayPlace | None:
+    """The gateway's place with GATEWAY_PORT, which it reads, too."""
+    if place is None:
+        return None
+    port = _port("GATEWAY_PORT", env) or place.port
+    if port in (server.chat_port, server.media_port):
+        raise ConfigError(f"[gateway] port {port} is a port of [server], too; give it another one")
+    return place.model_copy(update={"port": port})
+
+
+def _port(name: str, env: Mapping[str, str]) -> int | None:
+    raw = env.get(name)
+    if not raw:
+        return None
+    if not raw.isdecimal() or not 1 <= int(raw) <= 65535:
+        raise ConfigError(f"{name}={raw!r} is not a port (1 to 65535)")
+    return int(raw)
 
 
 def _override_path(entry: ModelEntry, env: Mapping[str, str]) -> ModelEntry:

@@ -125,12 +125,13 @@ def running_daemon(
 
 def daemon_environment(folder: Path, **variables: str) -> dict[str, str]:
     """This process's environment without its keys, with ports and folders of its own."""
-    chat_port, media_port = free_ports(2)
+    chat_port, media_port, gateway_port = free_ports(3)
     inherited = {name: value for name, value in os.environ.items() if name not in KEY_NAMES}
     return inherited | {
         "VERBATIM_STATE_DIR": str(folder / "state"),
         "VERBATIM_CHAT_PORT": str(chat_port),
         "VERBATIM_MEDIA_PORT": str(media_port),
+        "GATEWAY_PORT": str(gateway_port),
         **variables,
     }
 

@@ -36,7 +36,9 @@ class ChildSpec:
 
     name: str  # role and name: "engine chat", "front media", "runner"
     arguments: tuple[str, ...]
-    port: int | None = None  # of a front
+    port: int | None = None  # of a front or a guest
+    # A program of its own, which does not speak on our sockets: it is looked at over HTTP.
+    is_guest: bool = False
 
     @property
     def is_engine(self) -> bool:

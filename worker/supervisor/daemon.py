@@ -30,8 +30,9 @@ from worker.protocol.messages import (
 from worker.protocol.transport import make_run_dir, run_dir
 from worker.supervisor.budget import Budget, budget_of
 from worker.supervisor.child import Child
+from worker.supervisor.guests import BothWires, Guests
 from worker.supervisor.lender import Lender
-from worker.supervisor.spawn import Spawner, child_specs
+from worker.supervisor.spawn import Spawner, child_specs, guest_environment
 from worker.supervisor.standin import HttpStandIn
 from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.view import LiveView, PlainView, QuietView, curl_lines, open_view
@@ -68,7 +69,11 @@ class _Daemon:
         make_run_dir(settings.state_dir)
         specs = child_specs(settings)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._wire = ChildWire(context, settings.state_dir, [spec.name for spec in specs])
+        guests = {spec.name: spec.port for spec in specs if spec.is_guest and spec.port is not None}
+        host = settings.gateway.host if settings.gateway is not None else ""
+        own = [spec.name for spec in specs if not spec.is_guest]
+        self._wire = ChildWire(context, settings.state_dir, own)
+        self._guests = Guests({name: (host, port) for name, port in guests.items()})
         self._control = ControlServer(context, settings.state_dir)
         self._poller = zmq.Poller()
         self._wire.register(self._poller)
@@ -85,11 +90,12 @@ class _Daemon:
         log.info("device memory: %d bytes of %s", budget.total_bytes, budget.name)
         self._on_card = budget.process_bytes > 0
         self._lender = Lender(Broker(budget.total_bytes), budget.process_bytes, self._wire.send)
-        spawner = Spawner(settings.state_dir / "logs", {**environment, **absolute})
+        known = {**guest_environment(settings), **environment, **absolute}
+        spawner = Spawner(settings.state_dir / "logs", known)
         self._supervisor = Supervisor(
             specs,
             spawner,
-            self._wire,
+            BothWires(self._wire, self._guests, list(guests)),
             HttpStandIn(settings.server.host),
             _EngineMemory(self._lender, self._wire),
             spawner.last_words,
@@ -103,6 +109,7 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self._supervisor.stop())
         shown_at = 0.0
+        self._guests.start()
         try:
             while not self._supervisor.done:
                 now = time.monotonic()
@@ -123,6 +130,7 @@ class _Daemon:
             self._show(time.monotonic())
         finally:
             self._close_view()
+            self._guests.close()
             self._control.close()
             self._wire.close()
             _remove_run_dir(self._settings.state_dir)
@@ -226,16 +234,23 @@ def _lock(state_dir: Path) -> Iterator[None]:
 
 def _require_free_ports(settings: Settings) -> None:
     server = settings.server
-    for key, port in (("chat_port", server.chat_port), ("media_port", server.media_port)):
-        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    places = [
+        (server.host, server.chat_port, "[server] chat_port or VERBATIM_CHAT_PORT"),
+        (server.host, server.media_port, "[server] media_port or VERBATIM_MEDIA_PORT"),
+    ]
+    if settings.gateway is not None:
+        gateway = settings.gateway
+        places.append((gateway.host, gateway.port, "[gateway] port or GATEWAY_PORT"))
+    for host, port, setting in places:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((server.host, port))
+                probe.bind((host, port))
             except OSError as exc:
                 raise AlreadyRunning(
-                    f"port {port} on {server.host} cannot be used ({exc.strerror}); stop what "
-                    f"listens there, or set [server] {key} or VERBATIM_{key.upper()}"
+                    f"port {port} on {host} cannot be used ({exc.strerror}); stop what "
+                    f"listens there, or set {setting}"
                 ) from exc
 
 

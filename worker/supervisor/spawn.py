@@ -37,6 +37,10 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
     """The processes of a profile."""
     profile = ("--profile", str(settings.profile_path))
     server = settings.server
+    guests = []
+    if settings.gateway is not None:
+        arguments = ("-m", "gateway", "serve", *profile)
+        guests.append(ChildSpec("gateway", arguments, settings.gateway.port, is_guest=True))
     return [
         # First, so that the ports answer before the engines' imports take the CPU.
         ChildSpec("front chat", ("-m", "worker.front", "chat", *profile), server.chat_port),
@@ -44,7 +48,26 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
         ChildSpec("runner", ("-m", "worker.jobs", *profile)),
         ChildSpec("engine chat", ("-m", "worker.engine", "chat", *profile)),
         ChildSpec("engine media", ("-m", "worker.engine", "media", *profile)),
+        *guests,
     ]
+
+
+def guest_environment(settings: Settings) -> dict[str, str]:
+    """Where the gateway finds this worker, unless its profile names workers itself."""
+    if settings.gateway is None:
+        return {}
+    host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    host = "127.0.0.1" if host in ("0.0.0.0", "[::]") else host
+    named = settings.gateway.model_extra or {}
+    places = {
+        "chat_workers": settings.server.chat_port,
+        "media_workers": settings.server.media_port,
+    }
+    return {
+        f"GATEWAY_{key.upper()}": f"http://{host}:{port}"
+        for key, port in places.items()
+        if not named.get(key)
+    }
 
 
 class Spawner:
