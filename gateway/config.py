@@ -59,7 +59,6 @@ class GatewaySection(Section):
     # What a worker whose receipt does not match is met with: refuse its answer, or flag it.
     on_mismatch: Literal["refuse", "flag"] = "refuse"
     queues: bool = True  # push jobs to Redis where the environment names one; else over HTTP
-    job_timeout_s: float = Field(1800.0, gt=0)
     refresh_every_s: float = Field(86400.0, ge=0)  # of the model catalogue; 0: only when asked
     logs: Logs = Logs()
 

@@ -96,7 +96,8 @@ config_state = Table(
 templates = Table(
     "templates",
     metadata,
-    Column("id", Integer, primary_key=True),
+    # Said, since a column of a composite foreign key is else taken for one that is given.
+    Column("id", Integer, primary_key=True, autoincrement=True),
     Column("template_name", String(120), nullable=False, unique=True),
     Column("target_model", String(120), nullable=False),
     Column("job_type", String(40), nullable=False),
@@ -259,7 +260,14 @@ model_parameters = Table(
     Column("character_id", String(36), nullable=False, server_default="*"),
     Column("params", Json, nullable=False, server_default="{}"),
     *_times(),
-    UniqueConstraint("model_key", "job_type", "profile", "user_tier", "character_id"),
+    UniqueConstraint(
+        "model_key",
+        "job_type",
+        "profile",
+        "user_tier",
+        "character_id",
+        name="uq_model_parameters_case",  # PostgreSQL cuts names at 63 bytes
+    ),
 )
 
 characters = Table(
@@ -288,7 +296,13 @@ character_loras = Table(
         "character_id", String(36), ForeignKey("characters.id", ondelete="CASCADE"), nullable=False
     ),
     Column("lora_ref", String(200), nullable=False),
-    Column("weight", Float, CheckConstraint("weight BETWEEN -2 AND 2", name="weight")),
+    Column(
+        "weight",
+        Float,
+        CheckConstraint("weight BETWEEN -2 AND 2", name="weight"),
+        nullable=False,
+        server_default="1",
+    ),
     Column("target_model", String(120), nullable=False, server_default="*"),
     Column("trigger_words", Json, nullable=False, server_default="[]"),
     UniqueConstraint("character_id", "lora_ref", "target_model"),
@@ -311,7 +325,13 @@ negative_prompts = Table(
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("is_active", Boolean, nullable=False, server_default=text("true")),
     *_times(),
-    UniqueConstraint("target_model", "content_mode", "generation_mode", "negative_prompt"),
+    UniqueConstraint(
+        "target_model",
+        "content_mode",
+        "generation_mode",
+        "negative_prompt",
+        name="uq_negative_prompts_text",
+    ),
 )
 
 CONFIGURATION = (
@@ -534,6 +554,40 @@ prompt_logs = Table(
     Index("ix_prompt_logs_created_at", "created_at"),
     Index("ix_prompt_logs_template", "template_name", "created_at"),
     Index("ix_prompt_logs_user", "user_id", "created_at"),
+    # One for each column that lists are filtered by; those that are empty as a rule in part only.
+    Index("ix_prompt_logs_endpoint", "endpoint", "created_at"),
+    Index("ix_prompt_logs_model", "model_key", "created_at"),
+    Index(
+        "ix_prompt_logs_error",
+        "error_code",
+        "created_at",
+        sqlite_where=text("error_code IS NOT NULL"),
+        postgresql_where=text("error_code IS NOT NULL"),
+    ),
+    Index(
+        "ix_prompt_logs_fallback",
+        "fallback_level",
+        "created_at",
+        sqlite_where=text("fallback_level > 0"),
+        postgresql_where=text("fallback_level > 0"),
+    ),
+)
+
+# The flags of prompt_logs once more, since neither engine finds the newest rows with a flag in a
+# JSON column by an index.
+prompt_log_flags = Table(
+    "prompt_log_flags",
+    metadata,
+    Column("flag", String(60), primary_key=True),
+    Column("created_at", Time, primary_key=True),  # of the row
+    Column(
+        "log_id",
+        BigId,
+        ForeignKey("prompt_logs.id", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        index=True,
+    ),
 )
 
 # Texts, with a retention of their own; none where bodies are switched off.
@@ -556,5 +610,7 @@ config_objects = Table(
     Column("content_hash", String(64), primary_key=True),
     Column("kind", String(40), nullable=False),
     Column("body", Json, nullable=False),
+    # Last used, to the hour: retention takes what no body can refer to any more.
     Column("created_at", Time, nullable=False, server_default=NOW),
+    Index("ix_config_objects_created_at", "created_at"),
 )

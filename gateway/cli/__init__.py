@@ -1,0 +1,1 @@
+"""Commands of `python -m gateway`, which work on the database and not over HTTP."""

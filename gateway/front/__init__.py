@@ -1,0 +1,1 @@
+"""The HTTP side of the gateway: parses, asks the parts below, answers."""

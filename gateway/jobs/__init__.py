@@ -1,0 +1,1 @@
+"""Jobs of images and videos: what is pushed to workers, and what they call back."""

@@ -1,0 +1,1 @@
+"""The log of requests: writing, retention, questions, and replay."""

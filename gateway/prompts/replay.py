@@ -1,0 +1,159 @@
+"""The rows that a resolution used, kept beside its log, and the same resolution from them again.
+
+Texts in the database move on; a log row has to be explained later. `used_objects` gives every row
+that had a part, also those that were looked at and skipped, and `rebuild` a snapshot of only these:
+with the same request it assembles to the same messages, parameters, models and negative prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.errors import Invalid
+from gateway.prompts.chain import considered
+from gateway.prompts.digest import sha256_of
+from gateway.prompts.matching import facts_of, matching
+from gateway.prompts.negative import negative_rows
+from gateway.prompts.parameters import rows_for
+from gateway.prompts.variables import is_withheld
+from gateway.values.assembly import Assembled, AssembleRequest, Message
+from gateway.values.rows import (
+    Assignment,
+    Character,
+    CharacterLora,
+    LlmModel,
+    NegativePrompt,
+    ParameterSet,
+    Provider,
+    Rule,
+    Snapshot,
+    Template,
+    TemplateVersion,
+)
+
+# kind of an object: its type, and the field of Snapshot that it goes into.
+KINDS: Mapping[str, tuple[type, str]] = {
+    "template": (Template, "templates"),
+    "rule": (Rule, "rules"),
+    "provider": (Provider, "providers"),
+    "model": (LlmModel, "models"),
+    "assignment": (Assignment, "assignments"),
+    "parameters": (ParameterSet, "parameters"),
+    "character": (Character, "characters"),
+    "negative": (NegativePrompt, "negatives"),
+}
+_NESTED: Mapping[str, type] = {"live": TemplateVersion, "loras": CharacterLora, "history": Message}
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigObject:
+    """One row as it was. Rows with the same content have the same hash and are kept once."""
+
+    content_hash: str  # SHA-256 (hex) of {"kind", "body"} as canonical JSON
+    kind: str  # a key of KINDS
+    body: Mapping[str, Any]  # JSON values
+
+
+def used_objects(
+    snapshot: Snapshot, request: AssembleRequest, assembled: Assembled
+) -> tuple[ConfigObject, ...]:
+    """Every row of `snapshot` that `assembled` depends on, each once, in a fixed order."""
+    rows: list[tuple[str, Any]] = [("template", assembled.template)]
+    withheld = is_withheld(assembled.character, assembled.content_mode)
+    facts = facts_of(request, assembled.content_mode, None if withheld else assembled.character)
+    rows += [("rule", rule) for rule in matching(snapshot, facts)[0]]
+    if assembled.character is not None:
+        rows.append(("character", assembled.character))
+    assignments = considered(snapshot, request)
+    rows += [("assignment", one) for one in assignments]
+    wanted_models = {one.llm_model_id for one in assignments}
+    models = [one for one in snapshot.models if one.id in wanted_models]
+    rows += [("model", one) for one in models]
+    wanted_providers = {one.provider_id for one in models}
+    rows += [("provider", one) for one in snapshot.providers if one.id in wanted_providers]
+    model_key = assembled.models[0].model_key if assembled.models else ""
+    rows += [("parameters", one) for one in rows_for(snapshot, request, model_key)]
+    rows += [
+        ("negative", one)
+        for one in negative_rows(
+            snapshot, request.target_model, assembled.content_mode, request.generation_mode
+        )
+    ]
+    objects = (config_object(kind, row) for kind, row in rows)
+    return tuple({one.content_hash: one for one in objects}.values())
+
+
+def config_object(kind: str, row: Any) -> ConfigObject:
+    body = _plain(row)
+    return ConfigObject(sha256_of({"kind": kind, "body": body}), kind, body)
+
+
+def rebuild(objects: Iterable[ConfigObject]) -> Snapshot:
+    """A snapshot (revision 0) of these rows. Raises Invalid for a kind that does not exist, a body
+    that is not of its kind, and one whose hash is another."""
+    fields: dict[str, list[Any]] = {field: [] for _, field in KINDS.values()}
+    for one in objects:
+        if one.kind not in KINDS:
+            raise Invalid(f"an object's kind is none of {', '.join(KINDS)}")
+        if sha256_of({"kind": one.kind, "body": one.body}) != one.content_hash:
+            raise Invalid(f"a kept {one.kind} does not match its hash; it was changed")
+        cls, field = KINDS[one.kind]
+        fields[field].append(_built(cls, one.body))
+    fields["rules"].sort(key=lambda rule: (rule.priority, rule.id))
+    whole: dict[str, Any] = {field: tuple(rows) for field, rows in fields.items()}
+    return Snapshot(revision=0, **whole)
+
+
+def request_to_json(request: AssembleRequest) -> dict[str, Any]:
+    """JSON values, with every field."""
+    plain: dict[str, Any] = _plain(request)
+    return plain
+
+
+def request_from_json(body: Mapping[str, Any]) -> AssembleRequest:
+    """The request of a log row. A field that is absent has its default. Raises Invalid."""
+    built = _built(AssembleRequest, body)
+    if not isinstance(built, AssembleRequest):
+        raise Invalid("it is not a request")
+    return built
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.init
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _built(cls: type, body: Any) -> Any:
+    if not isinstance(body, Mapping):
+        raise Invalid(f"a kept {cls.__name__} is no JSON object")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    unknown = sorted(set(map(str, body)) - set(fields))
+    if unknown:
+        raise Invalid(f"a kept {cls.__name__} has {len(unknown)} fields that it does not know")
+    values: dict[str, Any] = {}
+    for name, value in body.items():
+        nested = _NESTED.get(name)
+        if nested is not None and isinstance(value, list):
+            values[name] = tuple(_built(nested, one) for one in value)
+        elif nested is not None:
+            values[name] = _built(nested, value)
+        elif isinstance(value, list) and str(fields[name].type).startswith("tuple"):
+            values[name] = tuple(value)
+        else:
+            values[name] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise Invalid(f"a kept {cls.__name__} lacks a field") from error

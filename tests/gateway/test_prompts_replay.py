@@ -1,0 +1,121 @@
+"""From the rows that a resolution used, the same messages again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from gateway.errors import GatewayError, Invalid
+from gateway.prompts.assemble import assemble
+from gateway.prompts.replay import (
+    ConfigObject,
+    rebuild,
+    request_from_json,
+    request_to_json,
+    used_objects,
+)
+from gateway.values.assembly import Assembled, AssembleRequest
+from gateway.values.rows import Snapshot
+from tests.gateway import snapshots
+from tests.gateway.snapshots import WordCounters, detect_mark, rule, snapshot, template
+
+
+def run(rows: Snapshot, request: AssembleRequest) -> Assembled:
+    return assemble(rows, request, WordCounters(), detect=detect_mark)
+
+
+def stored(objects: tuple[ConfigObject, ...]) -> list[ConfigObject]:
+    """As a database gives them back: by hash, through JSON."""
+    return [
+        ConfigObject(one.content_hash, one.kind, json.loads(json.dumps(one.body)))
+        for one in sorted(objects, key=lambda one: one.content_hash)
+    ]
+
+
+@settings(max_examples=500)
+@given(snapshots.snapshots(), snapshots.requests())
+def test_the_rows_that_were_used_give_the_same_again(
+    rows: Snapshot, request: AssembleRequest
+) -> None:
+    try:
+        first = run(rows, request)
+    except GatewayError:
+        return
+
+    kept = stored(used_objects(rows, request, first))
+    again = run(rebuild(kept), request_from_json(json.loads(json.dumps(request_to_json(request)))))
+
+    assert again.messages_sha256 == first.messages_sha256
+    assert again.params == first.params
+    assert again.negative == first.negative
+    assert again.models == first.models
+    assert again.rule_ids == first.rule_ids
+    assert again.limits == first.limits
+    assert again.content_mode == first.content_mode
+
+
+@given(snapshots.requests())
+def test_a_request_is_the_same_after_json(request: AssembleRequest) -> None:
+    assert request_from_json(json.loads(json.dumps(request_to_json(request)))) == request
+
+
+def test_rows_that_had_no_part_are_not_kept() -> None:
+    rows = snapshot(
+        templates=(template(1), template(2, ("wan", "video", "enhancement", "sfw"))),
+        rules=(rule(1, "a", max_tokens=0), rule(2, "b", match={"target_model": "wan"})),
+    )
+    request = snapshots.request()
+
+    objects = used_objects(rows, request, run(rows, request))
+
+    assert [(one.kind, one.body["id"]) for one in objects] == [
+        ("template", 1),
+        ("rule", 1),
+        ("assignment", 1),
+        ("model", 1),
+        ("provider", 1),
+    ]
+    assert objects[0].body["live"]["version"] == 1
+
+
+def test_an_edit_after_the_fact_does_not_reach_a_replay() -> None:
+    request = snapshots.request()
+    before = snapshot()
+    first = run(before, request)
+    kept = used_objects(before, request, first)
+    after = snapshot(templates=(template(1, system_prompt="Another text.", version=2),))
+
+    assert run(after, request).messages_sha256 != first.messages_sha256
+    assert run(rebuild(kept), request).messages_sha256 == first.messages_sha256
+
+
+def test_the_same_content_has_the_same_hash_and_another_has_another() -> None:
+    request = snapshots.request()
+    rows = snapshot()
+
+    one, same = (used_objects(rows, request, run(rows, request))[0] for _ in range(2))
+    changed = snapshot(templates=(template(1, max_output_tokens=161),))
+    other = used_objects(changed, request, run(changed, request))[0]
+
+    assert one.content_hash == same.content_hash
+    assert one.content_hash != other.content_hash
+
+
+def test_an_object_that_was_changed_is_refused() -> None:
+    request = snapshots.request()
+    rows = snapshot()
+    first = used_objects(rows, request, run(rows, request))[0]
+
+    with pytest.raises(Invalid, match="does not match its hash"):
+        rebuild([replace(first, body={**first.body, "template_name": "other"})])
+    with pytest.raises(Invalid, match="kind is none of"):
+        rebuild([replace(first, kind="secret")])
+
+
+@pytest.mark.parametrize("body", [{"prompt": "x"}, {"prompt": "x", "other": 1}, []])
+def test_a_body_that_is_no_request_is_refused(body: object) -> None:
+    with pytest.raises(Invalid):
+        request_from_json(body)  # type: ignore[arg-type]
