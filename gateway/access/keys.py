@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Row, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from gateway.access.caller import ALL_SCOPES, Scope, parse_scopes
+from gateway.access.users import create_user
 from gateway.errors import ConfigError, Conflict, Invalid, NotFound
 from gateway.store.database import Database
 from gateway.store.tables import api_keys, users
@@ -159,15 +160,19 @@ def note_use(connection: Connection, key: Key, now: datetime) -> None:
 
 
 def make_first_key(database: Database, state_dir: Path, now: datetime) -> Path | None:
-    """Where there is no key at all: make one with every scope and write it to a file that only its
-    owner reads. Returns the file; None where keys exist. Raises ConfigError for a folder that
-    cannot be written: then no key is made either."""
+    """Where there is no key at all: make one with every scope, and the user whose jobs and
+    conversations it sees, and write it to a file that only its owner reads. Returns the file; None
+    where keys exist. Raises ConfigError for a folder that cannot be written: then none is made."""
     path = state_dir / FIRST_KEY_FILE
     with database.transaction() as connection:
         if connection.scalar(select(api_keys.c.id).limit(1)) is not None:
             return None
+        values = {"may_use_nsfw": True, "is_admin": True}
         try:
-            _, key = create_key(connection, name=FIRST_KEY_NAME, scopes=ALL_SCOPES, now=now)
+            user = create_user(connection, user_id=None, now=now, values=values)
+            _, key = create_key(
+                connection, name=FIRST_KEY_NAME, scopes=ALL_SCOPES, now=now, user_id=user.id
+            )
         except Conflict:
             return None  # another process was first, and its file has the key
         # Before the commit: a key that nobody can read must not exist.

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event, make_url
+from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from gateway.cache.checked import CheckedSource
 from gateway.cache.holder import DISK, EMERGENCY, Held, Holder, State, judge
 from gateway.cache.instances import Instances, RefreshReport, new_instance_id
 from gateway.cache.last_good import LastGood
+from gateway.cache.lazy import LazyDatabase
 from gateway.cache.record import LEVEL, LOADED, Observer, Record, ignore
 from gateway.cache.replica import BOUND_S, Replica
 from gateway.cache.source import Source
@@ -29,7 +30,7 @@ from gateway.cache.sqlite import SqliteMarks
 from gateway.cache.status import of_held, of_instances
 from gateway.cache.upkeep import Upkeep
 from gateway.errors import ConfigError, RevisionNotReached
-from gateway.store.database import Database, open_database
+from gateway.store.database import open_database
 from gateway.store.loading import load_snapshot
 from gateway.values.rows import Snapshot
 
@@ -42,8 +43,10 @@ LOAD_TIMEOUT_MS = 1000  # of one statement of a load on PostgreSQL
 class Prompts:
     """Made and started after a fork, once per process; `held` may be called by any thread.
 
-    Has connections of its own: loads do not wait for a pool that requests have used up. The
-    references below are set in `start` and then stay.
+    Has connections of its own: loads do not wait for a pool that requests have used up. Those for
+    loads and those for the list of instances are apart, since a load that fails drops its own, and
+    one that another thread has in its hands would be left open. The references below are set in
+    `start` and then stay.
     """
 
     def __init__(
@@ -76,9 +79,10 @@ class Prompts:
         self._wall = wall
         self._record = Record(self._observed)
         self._last_good = LastGood(state_dir)
-        self._instances = Instances(self._database, new_instance_id(), url)
-        self._opened: Database | None = None
-        self._lock = threading.Lock()  # of _opened and _level
+        self._loading = LazyDatabase(database_url, _limit_statements)
+        self._telling = LazyDatabase(database_url)
+        self._instances = Instances(self._telling.get, new_instance_id(), url)
+        self._lock = threading.Lock()  # of _level
         self._level: int | None = None  # the last that was logged
         self._holder: Holder | None = None
         self._source: Source | None = None
@@ -107,7 +111,8 @@ class Prompts:
             self._upkeep.stop()
         if self._source is not None:
             self._source.stop()
-        self._reset()
+        self._loading.reset()
+        self._telling.reset()
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -218,7 +223,7 @@ class Prompts:
                 SqliteMarks(path),
                 self._load,
                 self._record,
-                reset=self._reset,
+                reset=self._forget_file,
                 clock=self._clock,
             )
         # Nothing is connected by this; it knows how a URL becomes the driver's arguments.
@@ -229,30 +234,18 @@ class Prompts:
             {**connect, "application_name": "gateway-listener"},
             self._load,
             self._record,
-            reset=self._reset,
+            reset=self._loading.reset,
             listen=self._listen,
             clock=self._clock,
         )
 
     def _load(self) -> Snapshot:
-        with self._database().reading() as connection:
+        with self._loading.get().reading() as connection:
             return load_snapshot(connection)
 
-    def _database(self) -> Database:
-        """Opened at the first use: opening makes a SQLite file, and a missing one must not become
-        an empty database."""
-        with self._lock:
-            if self._opened is None:
-                self._opened = open_database(self._url)
-                if self._is_postgres:
-                    event.listen(self._opened.engine, "connect", _limit_statements)
-            return self._opened
-
-    def _reset(self) -> None:
-        with self._lock:
-            opened = self._opened
-        if opened is not None:
-            opened.dispose()
+    def _forget_file(self) -> None:
+        self._loading.reset()
+        self._telling.reset()
 
     def _observed(self, name: str, revision: int | None) -> None:
         if name == LOADED and self._upkeep is not None:

@@ -32,10 +32,10 @@ from gateway.errors import GatewayError, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 CHANNEL = "gateway_config"
-BOUND_S = 1.25  # the hard bound on staleness: a wait, a read and a load
-WAIT_S = 0.75  # from one read to the next without a notification; 1 s would leave a load 0.25 s
+BOUND_S = 1.25  # the hard bound on staleness: a wait, and a read with its load
+WAIT_S = 0.75  # from one read to the next without a notification; leaves a read and a load 0.5 s
 START_S = 10.0  # how long a start waits for the first round
-READ_TIMEOUT_S = 0.25  # of the server for reading the revision
+READ_TIMEOUT_S = 0.5  # of the server for reading the revision
 BACKOFF_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)  # before each next try; the last one from then on
 MARK = "SELECT revision, changed_at FROM config_state WHERE id = 1"
 

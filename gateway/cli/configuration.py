@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gateway.errors import ConfigError
-from gateway.prompts.render import check_template
+from gateway.prompts.language import check_template
 from gateway.store.database import Database
 from gateway.store.importing import import_document
 from gateway.store.portable import export_document, from_bytes, to_bytes

@@ -15,7 +15,7 @@ from typing import Any
 from gateway.access.caller import owner
 from gateway.flows.call import Assemble, Call, LogSink, Models, PromptSource
 from gateway.flows.record import recording
-from gateway.flows.refusing import refuse
+from gateway.flows.refusing import refuse, refuse_answer
 from gateway.flows.trace import trace_json
 from gateway.store.conversations import append, turns
 from gateway.store.database import Database
@@ -108,7 +108,7 @@ class Chat:
                 route=ROUTE,
             )
             record.answered(answer)
-            refuse([asked.message, answer.text])
+            refuse_answer(assembled, [asked.message], answer.text)
             flags = [*held.flags, *answer.flags]
             trace = record.trace = trace_json(held, assembled, [answer], (), flags)
             with self._database.transaction() as connection:

@@ -14,15 +14,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.cache.holder import Held
-from gateway.errors import GatewayError, Invalid, PromptRefused
+from gateway.content.detect import detect
+from gateway.errors import GatewayError, Invalid, NotFound, PromptRefused
 from gateway.flows.call import Assemble, Call, LogSink, Models, PromptSource
 from gateway.flows.fit import Fitted, fit
 from gateway.flows.record import Record, recording
-from gateway.flows.refusing import refuse
+from gateway.flows.refusing import refuse, refuse_answer
 from gateway.flows.trace import held_json, steps_json, trace_json
 from gateway.models.runner import Answer
+from gateway.prompts.mode import decide_mode
+from gateway.prompts.variables import find_character
 from gateway.values.assembly import Assembled, AssembleRequest, Counters, Step
-from gateway.values.rows import NSFW
+from gateway.values.rows import NSFW, Snapshot
 
 ROUTE = "/enhance"  # of our worker
 COMPRESSION = "compression"  # the use case whose template shortens an answer
@@ -64,7 +67,7 @@ class Enhanced:
     metadata: Mapping[str, Any]
     trace: Mapping[str, Any]
     template_name: str
-    content_mode: str | None
+    content_mode: str
     execution_time_ms: float
     held: Held
 
@@ -106,7 +109,7 @@ class Enhancer:
         """Raises what resolution, the model and its worker raise; PromptRefused for any of the
         texts, the answer's included."""
         with recording(self._log, call, self._clock, self._wall) as record:
-            if not asked.prompt.strip() and not asked.is_exact_copy:
+            if not asked.prompt.strip() and not (asked.is_exact_copy or asked.is_modify):
                 raise Invalid("the prompt is empty; send the text to be enhanced")
             held = self._prompts.held(call.min_revision)
             record.held(held)
@@ -139,16 +142,22 @@ class Enhancer:
             record.answered(answers[-1])
         shorter: list[Answer] = []
 
-        def ask_shorter(text: str, limit: int) -> str | None:
-            answer = self._shorten(text, limit, asked, call, held)
-            if answer is not None:
-                shorter.append(answer)
-            return answer.text if answer is not None else None
+        def ask_shorter(text: str, limit: int) -> str | GatewayError:
+            try:
+                answer = self._shorten(text, limit, asked, call, held)
+            except PromptRefused:
+                raise
+            except GatewayError as exc:
+                # There is an answer, and it can be cut; the steps say why it was.
+                record.flag("compression_not_asked", exc.code)
+                return exc
+            shorter.append(answer)
+            return answer.text
 
         fitted = fit(answers[-1].text, assembled, self._counters, ask_shorter)
         for answer in shorter:
             record.answered(answer)
-        refuse([asked.prompt, fitted.text])
+        refuse_answer(assembled, _brought(asked), fitted.text)
         record.fitted(fitted.tokens, fitted.compressed)
         flags = [*held.flags, *(flag for one in (*answers, *shorter) for flag in one.flags)]
         trace = trace_json(held, assembled, [*answers, *shorter], fitted.steps, flags)
@@ -160,15 +169,16 @@ class Enhancer:
         self, asked: EnhanceInput, call: Call, held: Held, assembled: Assembled, record: Record
     ) -> Enhanced:
         """The user message of the `modify` template is the finished prompt; no model is asked."""
-        text = assembled.messages[-1].content
+        text, strategy = assembled.messages[-1].content, "reference_modify_with_prompt"
+        if not asked.prompt.strip():
+            # Nothing follows what the template ends its own words with.
+            text, strategy = text.rstrip(" ,;"), "reference_modify_base_only"
         fitted = fit(text, assembled, self._counters, None)
-        refuse([asked.prompt, fitted.text])
+        refuse_answer(assembled, _brought(asked), fitted.text)
         record.fitted(fitted.tokens, fitted.compressed)
         trace = trace_json(held, assembled, (), fitted.steps, held.flags)
         record.trace = trace
-        return self._finish(
-            asked, call, held, fitted, "reference_modify_with_prompt", trace, assembled, None
-        )
+        return self._finish(asked, call, held, fitted, strategy, trace, assembled, None)
 
     def _copied(self, asked: EnhanceInput, call: Call, held: Held) -> Enhanced:
         text = asked.exact_copy if asked.exact_copy is not None else asked.prompt
@@ -240,8 +250,9 @@ class Enhancer:
 
     def _shorten(
         self, text: str, limit: int, asked: EnhanceInput, call: Call, held: Held
-    ) -> Answer | None:
-        """The model's shorter version; None where there is no template for it."""
+    ) -> Answer:
+        """The model's shorter version. Raises TemplateNotFound where there is no template for
+        it."""
         request = replace(
             self._request(asked, call),
             prompt=text,
@@ -250,12 +261,7 @@ class Enhancer:
             character_id=None,
             params={},
         )
-        try:
-            assembled = self._assemble(held.snapshot, request)
-        except GatewayError:
-            # A text that no template shortens is cut, and the steps say so.
-            return None
-        return self._ask(assembled, call)
+        return self._ask(self._assemble(held.snapshot, request), call)
 
     def _finish(
         self,
@@ -297,8 +303,13 @@ class Enhancer:
         step: Step,
     ) -> Enhanced:
         trace = {**held_json(held), "flags": list(held.flags), "steps": steps_json([step])}
-        defaults = {"token_count": self._counters.of(None).count(text), "model_used": "none"}
-        metadata = {**defaults, "compression_applied": False, **metadata}
+        defaults = {
+            "content_mode": mode_of(held.snapshot, self._request(asked, call)),
+            "token_count": self._counters.of(None).count(text),
+            "model_used": "none",
+            "compression_applied": False,
+        }
+        metadata = {**defaults, **metadata}
         return self._whole(asked, call, held, text, strategy, metadata, trace)
 
     def _whole(
@@ -320,7 +331,6 @@ class Enhancer:
             "job_type": asked.job_type,
             "format": asked.format,
             "quality": asked.quality,
-            "content_mode": asked.content_mode,
             **metadata,
             "fallback_level": held.level,
             "cache_hit": held.cache_hit,
@@ -337,6 +347,19 @@ class Enhancer:
             execution_time_ms=elapsed_ms,
             held=held,
         )
+
+
+def mode_of(snapshot: Snapshot, request: AssembleRequest) -> str:
+    """The mode of a request that no template is resolved for, by the rules of resolution."""
+    try:
+        character = find_character(snapshot, request)
+    except NotFound:  # not there for this user, so it says nothing
+        character = None
+    return decide_mode(request, character, detect).content_mode
+
+
+def _brought(asked: EnhanceInput) -> list[str]:
+    return [asked.prompt, *asked.tags, *asked.variables.values()]
 
 
 def explicit_mode(content_type: str | None, nsfw_optimization: bool | None) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gateway.errors import GatewayError, TemplateNotFound
 from gateway.tokens.compress import (
     Compressed,
     TokenLimits,
@@ -20,8 +21,8 @@ from gateway.tokens.compress import (
 from gateway.tokens.protect import protected_spans
 from gateway.values.assembly import Assembled, Counter, Counters, Step
 
-# A shorter version of a text that is to have so many tokens; None: there is no way to ask.
-AskShorter = Callable[[str, int], str | None]
+# A shorter version of a text that is to have so many tokens; an error: why there is none.
+AskShorter = Callable[[str, int], str | GatewayError]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +57,22 @@ def fit(
         outcome, source, trimmed = _better(shorter, text, trimmed, limits, counter, assembled)
         steps.append(outcome)
     protected = protected_spans(source, assembled.protected)
-    done = compress(source, limit=limits.target, counter=counter, protected=protected).must_fit()
+    done = compress(source, limit=limits.target, counter=counter, protected=protected)
+    if not done.fits and limits.hard > limits.target:
+        # A soft target gives way to what may not be dropped; the encoder's own limit does not.
+        done = compress(
+            source,
+            limit=limits.target,
+            counter=counter,
+            protected=protected,
+            hard_limit=limits.hard,
+        )
+    done.must_fit()
     return _fitted(done.text, counter, limits.target, (*steps, *done.steps), before=text)
 
 
 def _better(
-    shorter: str | None,
+    shorter: str | GatewayError,
     text: str,
     trimmed: Compressed,
     limits: TokenLimits,
@@ -70,9 +81,13 @@ def _better(
 ) -> tuple[Step, str, Compressed]:
     """What goes on from: the model's shorter text where it keeps what is protected and leaves more
     than trimming did."""
-    if shorter is None:
+    if isinstance(shorter, TemplateNotFound):
         why = "there is no active template for compression"
         return Step(step="compression", outcome="not_asked", why=why), text, trimmed
+    if isinstance(shorter, GatewayError):
+        detail: dict[str, object] = {"code": shorter.code}
+        step = Step(step="compression", outcome="not_answered", why=str(shorter), detail=detail)
+        return step, text, trimmed
     lost = [span for span in protected_spans(text, assembled.protected) if span not in shorter]
     tokens = counter.count(shorter)
     detail = {"tokens": tokens, "limit": limits.target, "protected_lost": len(lost)}

@@ -62,7 +62,7 @@ class JobBody(BaseModel):
 
 
 class JobPath(BaseModel):
-    job_id: str = Field(max_length=36)
+    job_id: str = Field(max_length=36, pattern=r"^[^\x00]*$")  # PostgreSQL takes no NUL
 
 
 class JobQuery(BaseModel):
@@ -138,7 +138,8 @@ def job_input(services: Services, body: JobBody) -> JobInput:
         job_type=body.job_type,
         prompt=body.prompt,
         original_prompt=body.original_prompt,
-        enhanced_prompt=body.enhanced_prompt,
+        # Empty, it is what clients send that have none.
+        enhanced_prompt=body.enhanced_prompt if (body.enhanced_prompt or "").strip() else None,
         quality=body.quality,
         format=body.format,
         model_type=body.model_type,

@@ -26,7 +26,7 @@ _DIGITS = re.compile(r"[0-9]{1,18}")  # fits the database's 64 bits
 class JsonRequest(Request):
     """Flask's request with our reading of JSON in the place of its own."""
 
-    def get_data(  # type: ignore[override]
+    def get_data(
         self, cache: bool = True, as_text: bool = False, parse_form_data: bool = False
     ) -> Any:
         """The body's bytes, kept: a signature is over them. Raises TooLarge."""
@@ -35,6 +35,7 @@ class JsonRequest(Request):
             # Werkzeug ends a body of unknown length silently at the limit, as if that were all.
             self.max_content_length = limit + 1
         self._raw = super().get_data(cache=True)
+        self.max_content_length = limit
         if limit is not None and len(self._raw) > limit:
             raise TooLarge(f"the body has more than {limit} bytes, which is what this route takes")
         return self._raw.decode("utf-8", "replace") if as_text else self._raw

@@ -2,72 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import InvalidRequest
-
-QUEUED, PROCESSING, COMPLETED, FAILED, CANCELLED = (
-    "queued",
-    "processing",
-    "completed",
-    "failed",
-    "cancelled",
+from gateway.values.jobs import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    PROCESSING,
+    QUEUED,
+    AssetRow,
+    Callback,
+    CalledAsset,
+    Change,
 )
+
 _STATUSES = (QUEUED, PROCESSING, COMPLETED, FAILED, CANCELLED)
 FPS = 16  # of WAN
 MAX_ASSETS = 64
 MAX_TEXT = 4000
+MAX_SIDE = 2**31 - 1  # what the columns hold
+MAX_SECONDS = 1e6
 _MIME = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalledAsset:
-    """One file that a worker made."""
-
-    asset_type: str  # image | video
-    url: str
-    thumbnail_url: str | None
-    metadata: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Callback:
-    job_id: str
-    status: str
-    assets: tuple[CalledAsset, ...] = ()
-    error: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    sequence: int | None = None  # of webhooks: rises with each event of a job
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AssetRow:
-    """A row of workspace_assets without its job."""
-
-    asset_index: int
-    asset_type: str
-    temp_storage_path: str
-    thumbnail_path: str | None
-    mime_type: str
-    file_size_bytes: int
-    duration_seconds: float | None
-    width: int | None
-    height: int | None
-    generation_seed: int | None
-    generation_settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """What a callback changes of its job; None: nothing, and why."""
-
-    status: str | None
-    error: str | None = None
-    assets: tuple[AssetRow, ...] = ()
-    why_not: str = ""
 
 
 def read_callback(body: Mapping[str, Any]) -> Callback:
@@ -197,8 +154,8 @@ def _row(index: int, asset: CalledAsset, said: Callback, base_url: str | None) -
         mime_type=_MIME.get(extension, "image/jpeg") if not is_video else "video/mp4",
         file_size_bytes=_whole(data, "file_size_bytes", "bytes", "size_bytes") or 0,
         duration_seconds=_duration(data, said.metadata) if is_video else None,
-        width=_whole(data, "width"),
-        height=_whole(data, "height"),
+        width=_whole(data, "width", most=MAX_SIDE),
+        height=_whole(data, "height", most=MAX_SIDE),
         generation_seed=_seed(data, said.metadata),
         generation_settings=dict(data),
     )
@@ -210,10 +167,10 @@ def _place(url: str, base_url: str | None) -> str:
     return url.removeprefix("workspace-temp/")
 
 
-def _whole(data: Mapping[str, Any], *names: str) -> int | None:
+def _whole(data: Mapping[str, Any], *names: str, most: int = 2**53) -> int | None:
     for name in names:
         value = data.get(name)
-        if type(value) is int and 0 <= value < 2**53:
+        if type(value) is int and 0 <= value <= most:
             return value
     return None
 
@@ -222,7 +179,10 @@ def _duration(data: Mapping[str, Any], job: Mapping[str, Any]) -> float | None:
     """Seconds: as measured, else of the frames; not known where neither is told."""
     for name in ("duration_seconds", "duration_s"):
         value = data.get(name)
-        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+        # Compared as it came: a whole number can be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if 0 <= value <= MAX_SECONDS:
             return float(value)
     frames = _whole(data, "frame_num") or _whole(job, "frame_num")
     return None if frames is None else frames / FPS

@@ -15,17 +15,15 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from gateway.access.caller import owner
-from gateway.content.detect import detect
 from gateway.errors import GatewayError, Invalid
 from gateway.flows.call import Call, PromptSource
-from gateway.flows.enhance import Enhanced, EnhanceInput
+from gateway.flows.enhance import Enhanced, EnhanceInput, mode_of
 from gateway.flows.refusing import refuse
 from gateway.jobs.callback import change_for, read_callback
 from gateway.jobs.queues import JobQueue
 from gateway.jobs.references import Sign, prepare
 from gateway.jobs.request import COPY, MODIFY, JobInput, JobPlan, element, plan_job
 from gateway.jobs.signatures import Signatures
-from gateway.prompts.mode import decide_mode
 from gateway.prompts.negative import compose_negative, negative_rows
 from gateway.store import jobs as rows
 from gateway.store.database import Database
@@ -107,7 +105,7 @@ class JobDesk:
         plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)  # with its references as URLs
         self._check_words(asked)
         held = self._prompts.held(call.min_revision)
-        prompt = self._prompt(asked, plan, call)
+        prompt = self._prompt(asked, plan, call, held.snapshot)
         negative = self._negative(asked, plan, prompt.content_mode, held.snapshot)
         job_id = str(uuid.uuid4())
         secret = self._signatures.secret_of(job_id)
@@ -144,7 +142,7 @@ class JobDesk:
     def _check_words(self, asked: JobInput) -> None:
         if asked.prompt.strip() == "" and asked.enhanced_prompt is None:
             plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)
-            if plan.branch == "plain":
+            if plan.generation_mode == "txt2img":
                 raise Invalid("the prompt is empty, and the job has no picture to begin from")
         weights = asked.compel_weights
         terms = " ".join(map(str, weights)) if isinstance(weights, Mapping) else str(weights or "")
@@ -160,10 +158,10 @@ class JobDesk:
             ]
         )
 
-    def _prompt(self, asked: JobInput, plan: JobPlan, call: Call) -> _Prompt:
+    def _prompt(self, asked: JobInput, plan: JobPlan, call: Call, snapshot: Snapshot) -> _Prompt:
         if plan.wants_enhancement:
             return self._enhanced(asked, plan, call)
-        mode = self._mode(asked, call)
+        mode = self._mode(asked, call, snapshot)
         if plan.branch == COPY:
             return _Prompt(text="", template_name="exact_copy_skip_enhance", content_mode=mode)
         if asked.enhanced_prompt is not None:
@@ -195,12 +193,12 @@ class JobDesk:
         return _Prompt(
             text=done.prompt,
             template_name=name,
-            content_mode=done.content_mode or self._mode(asked, call),
+            content_mode=done.content_mode,
             enhanced=done,
             strategy=done.strategy,
         )
 
-    def _mode(self, asked: JobInput, call: Call) -> str:
+    def _mode(self, asked: JobInput, call: Call, snapshot: Snapshot) -> str:
         request = AssembleRequest(
             prompt=asked.enhanced_prompt or asked.prompt,
             target_model="*",
@@ -208,8 +206,10 @@ class JobDesk:
             explicit_mode=asked.content_mode,
             user_mode=call.caller.content_mode,
             may_use_nsfw=call.caller.may_use_nsfw,
+            character_id=asked.character_id,
+            user_id=call.caller.user_id,
         )
-        return decide_mode(request, None, detect).content_mode
+        return mode_of(snapshot, request)
 
     def _negative(
         self, asked: JobInput, plan: JobPlan, mode: str, snapshot: Snapshot
@@ -234,6 +234,8 @@ class JobDesk:
         enhanced = prompt.enhanced
         # The secret can be derived again, and a row is shown to its user.
         kept = {name: value for name, value in payload.items() if name != "webhook_secret"}
+        said = payload["metadata"]
+        metadata = {name: value for name, value in said.items() if name != rows.WORKER_URL}
         with self._database.transaction() as connection:
             rows.insert_job(
                 connection,
@@ -241,7 +243,7 @@ class JobDesk:
                     "id": job_id,
                     "user_id": user_id,
                     "job_type": asked.job_type,
-                    "metadata": dict(payload["metadata"]),
+                    "metadata": metadata,
                     "format": plan.format,
                     "quality": plan.quality,
                     "model_type": asked.model_type or plan.worker_kind,
@@ -278,7 +280,7 @@ class JobDesk:
                     deadline_s=call.began + call.deadline_s - self._clock(),
                     request_id=call.request_id,
                 )
-                place, more = "http", {"worker_url": accepted.worker_url}
+                place, more = "http", {rows.WORKER_URL: accepted.worker_url}
         except GatewayError as exc:
             with self._database.transaction() as connection:
                 rows.fail_queued(connection, job_id, str(exc), self._wall())
@@ -304,7 +306,7 @@ class JobDesk:
             job = rows.find_job(connection, said.job_id, lock=self._database.is_postgres)
             if job is None:
                 return _skipped(said.job_id, "there is no such job")
-            worker = job["metadata"].get("worker_url")
+            worker = job["metadata"].get(rows.WORKER_URL)
             base = worker if isinstance(worker, str) else None
             change = change_for(job["status"], job["webhook_sequence"], said, base)
             if change.status is None:

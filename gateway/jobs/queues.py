@@ -52,7 +52,7 @@ class RedisQueue:
             length = self._client.rpush(list_name, encode(element))
         except redis.RedisError as exc:
             raise _unavailable(type(exc).__name__) from exc
-        return int(length)  # type: ignore[arg-type]  # its types say "or awaitable"
+        return int(length)
 
     def close(self) -> None:
         self._client.close()

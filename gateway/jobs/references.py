@@ -42,8 +42,12 @@ def prepare(asked: JobInput, user_id: str, sign: Sign | None) -> JobInput:
     """
     metadata: dict[str, Any] = dict(asked.metadata)
     for name in KEYS:
-        if isinstance(metadata.get(name), str) and metadata[name]:
-            metadata[name] = _prepared(metadata[name], user_id, sign)
+        given = metadata.get(name)
+        if not given:
+            continue
+        if not isinstance(given, str):
+            raise Invalid(f"metadata.{name} is not a text")
+        metadata[name] = _prepared(given, user_id, sign)
     reference = asked.reference_image_url
     if reference:
         reference = _prepared(reference, user_id, sign)
@@ -67,7 +71,10 @@ def _prepared(given: str, user_id: str, sign: Sign | None) -> str:
             + ", ".join(BUCKETS)
         )
     if segments[0] != user_id:
-        raise CrossUserReference("this reference lies in another user's folder")
+        raise CrossUserReference(
+            "this reference lies in another user's folder",
+            fields={"code": CrossUserReference.code},  # where clients of queue-job look
+        )
     signed = sign(given) if sign is not None else None
     return signed or given
 

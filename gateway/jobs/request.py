@@ -30,6 +30,8 @@ _SIZES = {"16:9": "1024x576", "9:16": "576x1024"}
 _SQUARE = "1024x1024"
 _COUNTS = (1, 3, 6)  # images of a job
 MAX_SEED = 2**31 - 1
+MAX_STEPS, MAX_GUIDANCE = 1000, 30.0
+LEAST_DENOISE = 0.001  # below it, but for 0, workers refuse a picture to begin from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,13 @@ def plan_job(asked: JobInput, *, sdxl_enabled: bool = True) -> JobPlan:
         raise InvalidRequest(f"job_type is none of {', '.join(JOB_TYPES)}")
     is_video = worker_type.startswith("video")
     if not is_video and not sdxl_enabled:
-        raise SdxlDisabled("SDXL jobs are switched off here (SDXL_QUEUE_ENABLED=false)")
-    reference = _reference(asked)
+        raise SdxlDisabled(
+            "SDXL jobs are switched off here (SDXL_QUEUE_ENABLED=false)",
+            fields={"code": SdxlDisabled.code},  # where clients of queue-job look
+        )
+    if is_video and asked.compel_enabled and asked.compel_weights:
+        raise Invalid("compel_weights are for images; send the video without compel_enabled")
+    reference = _reference(asked, is_video)
     branch = _branch(asked, reference, is_video)
     adjusted: dict[str, Any] = {}
     config = _config(asked, branch, is_video, reference, adjusted)
@@ -160,8 +167,10 @@ def element(
 # --- parts ----------------------------------------------------------------------------------
 
 
-def _reference(asked: JobInput) -> str | None:
-    names = ("reference_image_url", "start_reference_url", "end_reference_url")
+def _reference(asked: JobInput, is_video: bool) -> str | None:
+    """A picture that the job begins from; frames to begin and to end with are a video's."""
+    frames = ("start_reference_url", "end_reference_url") if is_video else ()
+    names = ("reference_image_url", *frames)
     found = [asked.reference_image_url, *(asked.metadata.get(name) for name in names)]
     return next((one for one in found if isinstance(one, str) and one), None)
 
@@ -180,7 +189,10 @@ def _branch(asked: JobInput, reference: str | None, is_video: bool) -> str:
 
 def _wants_enhancement(asked: JobInput, branch: str) -> bool:
     metadata = asked.metadata
-    if asked.skip_enhancement or metadata.get("skip_enhancement") is True or branch == COPY:
+    skips = ("skip_enhancement", "bypass_enhancement", "hard_override")
+    if asked.skip_enhancement or any(metadata.get(name) is True for name in skips):
+        return False
+    if branch == COPY:
         return False
     if asked.enhanced_prompt is not None or not asked.prompt.strip():
         return False
@@ -199,23 +211,21 @@ def _config(
 ) -> dict[str, Any]:
     metadata = asked.metadata
     denoise, guidance, steps = _DEFAULTS.get(branch, (None, None, None))
-    if asked.denoise_strength is not None:
-        denoise = asked.denoise_strength
-    elif asked.reference_strength is not None:
-        denoise = round(1 - asked.reference_strength, 6)
-    elif isinstance(metadata.get("denoise_strength"), int | float):
-        denoise = metadata["denoise_strength"]
-    guidance = _first(asked.guidance_scale, metadata.get("guidance_scale"), guidance)
-    steps = _first(asked.steps, metadata.get("num_inference_steps"), steps)
+    denoise = _denoise(asked, denoise, changes_picture=reference is not None and not is_video)
+    of_metadata = _number(metadata, "guidance_scale", 0.0, MAX_GUIDANCE)
+    guidance = _first(asked.guidance_scale, of_metadata, guidance)
+    of_metadata = _number(metadata, "num_inference_steps", 1, MAX_STEPS, whole=True)
+    steps = _first(asked.steps, of_metadata, steps)
+    count = _count(asked, is_video, adjusted)
     pipeline = "img2img" if reference is not None else "video" if is_video else "txt2img"
     found: dict[str, Any] = {
         "pipeline": pipeline,
-        "num_images": _count(asked, is_video, adjusted),
+        "num_images": count,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
         "denoise_strength": denoise,
         "resolution": _resolution(asked),
-        "seed": asked.seed,
+        "seed": _seed(asked, count),
     }
     if is_video:
         found |= {
@@ -228,9 +238,48 @@ def _config(
         # A video's size is the worker's own unless one is asked for: `resolution` means nothing.
         if asked.resolution is not None:
             found["size"] = asked.resolution
-    if asked.seed is not None and not 0 <= asked.seed <= MAX_SEED:
-        raise Invalid(f"seed is {asked.seed}; 0 to {MAX_SEED} are taken")
     return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _denoise(asked: JobInput, default: float | None, *, changes_picture: bool) -> float | None:
+    """Given as such, else as the rest of a reference's strength; at the top level, else in the
+    metadata."""
+    given = [asked.denoise_strength, _rest(asked.reference_strength)]
+    given.append(_number(asked.metadata, "denoise_strength", 0.0, 1.0))
+    given.append(_rest(_number(asked.metadata, "reference_strength", 0.0, 1.0)))
+    denoise = _first(*given, default)
+    if changes_picture and denoise is not None and 0 < denoise < LEAST_DENOISE:
+        raise Invalid(f"denoise_strength is {denoise:g}; 0 and {LEAST_DENOISE} to 1 are taken")
+    return None if denoise is None else float(denoise)
+
+
+def _rest(share: float | None) -> float | None:
+    return None if share is None else round(1 - share, 6)
+
+
+def _seed(asked: JobInput, num_images: int) -> int | None:
+    """Each image of a job has a seed of its own, one higher than that before it."""
+    most = MAX_SEED - (num_images - 1)
+    seed = asked.seed
+    if seed is None and asked.metadata.get("seed") is not False:  # sent for a seed that is open
+        seed = _number(asked.metadata, "seed", 0, most, whole=True)
+    if seed is not None and not 0 <= seed <= most:
+        raise Invalid(f"seed is {seed}; 0 to {most} are taken for {num_images} images")
+    return seed
+
+
+def _number(
+    metadata: Mapping[str, Any], name: str, least: float, most: float, *, whole: bool = False
+) -> Any:
+    """A number of the metadata, which nothing has looked at before; None: it has none."""
+    value = metadata.get(name)
+    if value is None:
+        return None
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise Invalid(f"metadata.{name} is not {kind} from {least} to {most}")
+    return value
 
 
 def _first(*values: Any) -> Any:

@@ -138,11 +138,11 @@ def _body_row(request_id: str, created_at: datetime, texts: Texts) -> dict[str, 
     return {
         "request_id": request_id,
         "created_at": created_at,
-        "request": texts.request,
-        "messages": texts.messages,
+        "request_text": texts.request,
+        "messages_text": texts.messages,
         "answer": texts.answer,
-        "trace": texts.trace,
-        "config_refs": texts.config_refs,
+        "trace_text": texts.trace,
+        "config_refs_text": texts.config_refs,
     }
 
 
@@ -150,7 +150,7 @@ def _raw_insert(connection: Connection, what: str) -> Any:
     """An insert whose JSON columns take text as it is."""
 
     def json_text(name: str) -> Any:
-        text = bindparam(name, type_=Text())
+        text = bindparam(f"{name}_text", type_=Text())
         return cast(text, JSONB) if connection.dialect.name == "postgresql" else text
 
     if what == "body":
@@ -203,7 +203,12 @@ def _touch_objects(
     )
     # In one order in every replica, since two that lock the same rows in another would block.
     due = [
-        {"content_hash": one, "kind": objects[one][0], "body": objects[one][1], "created_at": now}
+        {
+            "content_hash": one,
+            "kind": objects[one][0],
+            "body_text": objects[one][1],
+            "created_at": now,
+        }
         for one in sorted(objects)
         if one not in fresh
     ]

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.config import Logs
 from gateway.errors import StoreUnavailable
@@ -30,6 +29,7 @@ MAX_BYTES = 64 << 20
 BATCH = 500
 EVERY_S = 0.5  # the longest that an entry waits for others
 BACKOFF_S = (0.5, 30.0)  # first and longest wait after a failure; each is twice the one before
+ATTEMPTS_WITH_TEXTS = 5  # in a row, before a single entry is tried without them
 DRAIN_S = 5.0
 TELL_S = 60.0
 
@@ -84,7 +84,7 @@ class LogWriter:
         """Never raises and never waits for the database."""
         try:
             if entry.body is not None and not self._keeps_bodies:
-                entry = _without_texts(entry)
+                entry = without_body(entry)  # whoever sent one does not know of the switch
             if self._stop_at is not None or not self._queue.add(entry, self._clock()):
                 if self._stop_at is not None:
                     self._queue.done(0, dropped=1)
@@ -152,7 +152,8 @@ class LogWriter:
                     return oldest is not None and now < self._stop_at
                 if oldest is None:
                     self._is_hurried = False
-                    queue.changed.wait(TELL_S)
+                    if not queue.changed.wait(TELL_S):
+                        return True  # nothing to write, perhaps drops to tell
                     continue
                 due_s = oldest + EVERY_S - now
                 if due_s <= 0 or len(queue) >= BATCH or self._is_hurried or self._failures:
@@ -169,8 +170,8 @@ class LogWriter:
             self._write(entries)
         except StoreUnavailable as exc:
             return self._failed(entries, exc)
-        except (SQLAlchemyError, ValueError, TypeError, OverflowError) as exc:
-            # One of them is none that the table takes; find out which.
+        except Exception as exc:
+            # Of whatever type: one of them cannot be written, and the others shall not wait for it.
             log.warning("a batch of the log was refused (%s); one by one now", type(exc).__name__)
             return self._one_by_one(entries)
         self._succeeded(len(entries))
@@ -194,7 +195,8 @@ class LogWriter:
         # A batch that is too much for the database is smaller next time; a single entry, after
         # some attempts, goes without its texts, so that it does not hold up all others for ever.
         self._most = max(1, self._most // 2)
-        if len(entries) == 1 and entries[0].body is not None:
+        is_tried = self._failures >= ATTEMPTS_WITH_TEXTS
+        if is_tried and len(entries) == 1 and entries[0].body is not None:
             try:
                 self._write((without_body(entries[0]),))
             except StoreUnavailable:
@@ -222,7 +224,10 @@ class LogWriter:
             try:
                 self._write((one,))
                 return True
-            except (SQLAlchemyError, ValueError, TypeError, OverflowError) as exc:
+            except StoreUnavailable:
+                raise
+            except Exception as exc:
+                # Only its type: a driver's message may hold the values.
                 log.error(
                     "log of %s refused (%s)%s",
                     entry.endpoint,
@@ -240,11 +245,6 @@ class LogWriter:
                 return
             self._told = (now, dropped)
         log.warning("%d entries of the log were dropped: more came than fit", dropped - before)
-
-
-def _without_texts(entry: LogEntry) -> LogEntry:
-    """Bodies are switched off: whoever sends one does so by mistake, and it is not kept."""
-    return without_body(entry)
 
 
 class _Collector(Collector):

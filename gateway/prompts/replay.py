@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import Invalid
@@ -20,6 +19,7 @@ from gateway.prompts.negative import negative_rows
 from gateway.prompts.parameters import rows_for
 from gateway.prompts.variables import is_withheld
 from gateway.values.assembly import Assembled, AssembleRequest, Message
+from gateway.values.logentry import ConfigObject
 from gateway.values.rows import (
     Assignment,
     Character,
@@ -46,15 +46,6 @@ KINDS: Mapping[str, tuple[type, str]] = {
     "negative": (NegativePrompt, "negatives"),
 }
 _NESTED: Mapping[str, type] = {"live": TemplateVersion, "loras": CharacterLora, "history": Message}
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigObject:
-    """One row as it was. Rows with the same content have the same hash and are kept once."""
-
-    content_hash: str  # SHA-256 (hex) of {"kind", "body"} as canonical JSON
-    kind: str  # a key of KINDS
-    body: Mapping[str, Any]  # JSON values
 
 
 def used_objects(
@@ -88,7 +79,8 @@ def used_objects(
 
 def config_object(kind: str, row: Any) -> ConfigObject:
     body = _plain(row)
-    return ConfigObject(sha256_of({"kind": kind, "body": body}), kind, body)
+    hashed = sha256_of({"kind": kind, "body": body})
+    return ConfigObject(content_hash=hashed, kind=kind, body=body)
 
 
 def rebuild(objects: Iterable[ConfigObject]) -> Snapshot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from gateway.errors import Conflict, NotFound
 from gateway.store.tables import conversation_messages, conversations
@@ -49,21 +50,21 @@ def append(
     Raises Conflict when someone else began one with this id meanwhile.
     """
     values = {"user_id": user_id, "character_id": character_id, "updated_at": now}
-    owner = connection.scalar(
-        select(conversations.c.user_id).where(conversations.c.id == conversation_id)
-    )
+    asked = select(conversations.c.user_id).where(conversations.c.id == conversation_id)
+    owner = connection.scalar(asked)
     if owner is None:
-        connection.execute(
-            insert(conversations).values(id=conversation_id, created_at=now, **values)
-        )
-    elif owner != user_id:
+        begun = insert(conversations).values(id=conversation_id, created_at=now, **values)
+        try:
+            with connection.begin_nested():
+                connection.execute(begun)
+            owner = user_id
+        except IntegrityError:  # two first turns at once: the other one began it
+            owner = connection.scalar(asked)
+    if owner != user_id:
         raise Conflict("this conversation id is taken; use another one")
-    else:
-        connection.execute(
-            update(conversations)
-            .where(conversations.c.id == conversation_id)
-            .values(updated_at=now)
-        )
+    connection.execute(
+        update(conversations).where(conversations.c.id == conversation_id).values(updated_at=now)
+    )
     connection.execute(
         insert(conversation_messages),
         [

@@ -7,6 +7,7 @@ SQLAlchemy; gateway/store/editing.py turns it into a Conflict.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.store.canonical import canonical_json
+
+log = logging.getLogger(__name__)
 
 BUSY_MS = 5000  # how long a writer waits for another one
 STATEMENT_MS = 15_000
@@ -125,8 +128,13 @@ def _open_sqlite(url: URL) -> Engine:
     path = Path(url.database)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # SQLite gives its -wal and -shm files the mode of this one.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        # SQLite gives its -wal and -shm files the mode of this one. Only a new file is opened here:
+        # closing any descriptor of a file drops all locks that this process has on it (POSIX), and
+        # another process would then take the log away under our connections.
+        if not path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        log.debug("another process made %s first", path)
     except OSError as exc:
         raise StoreUnavailable(f"{path} cannot be opened for writing: {exc.strerror}") from exc
     engine = create_engine(

@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select, update
 
 from gateway.errors import Conflict, NotFound
-from gateway.jobs.callback import COMPLETED, FAILED, PROCESSING, QUEUED, Callback, Change
 from gateway.store.tables import jobs, workspace_assets
+from gateway.values.jobs import COMPLETED, FAILED, PROCESSING, QUEUED, Callback, Change
 
 Row = Mapping[str, Any]
 MOST = 200  # rows of a list
+WORKER_URL = "worker_url"  # in a row's metadata: who took the job; never as a client says
 _SHOWN = [column for column in jobs.c if column.name not in ("payload", "webhook_sequence")]
 
 
@@ -117,8 +118,9 @@ def apply_callback(
         values |= {"completed_at": now, "error_message": change.error, "payload": None}
     if change.status == COMPLETED:
         _write_assets(connection, job, change, now)
-    received = {"callback_received_at": now.isoformat()}
-    _merge(connection, job["id"], {**said.metadata, **received}, **values)
+    told = {name: value for name, value in said.metadata.items() if name != WORKER_URL}
+    told["callback_received_at"] = now.isoformat()
+    _merge(connection, job["id"], told, **values)
 
 
 def _write_assets(connection: Connection, job: Row, change: Change, now: datetime) -> None:
@@ -140,7 +142,9 @@ def _write_assets(connection: Connection, job: Row, change: Change, now: datetim
 
 
 def _merge(connection: Connection, job_id: str, metadata: Mapping[str, Any], **values: Any) -> None:
-    known = connection.scalar(select(jobs.c.metadata).where(jobs.c.id == job_id)) or {}
+    # Locked: a hand-over and a callback may come at once, and each keeps what the other wrote.
+    asked = select(jobs.c.metadata).where(jobs.c.id == job_id).with_for_update()
+    known = connection.scalar(asked) or {}
     connection.execute(
         update(jobs).where(jobs.c.id == job_id).values(metadata={**known, **metadata}, **values)
     )

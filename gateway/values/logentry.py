@@ -12,10 +12,11 @@ from gateway.values.assembly import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigObject:
-    """A row of the configuration as it was used, kept once by its content."""
+    """A row of the configuration as it was used. Rows with the same content have the same hash and
+    are kept once."""
 
-    content_hash: str  # SHA-256 (hex) of the canonical JSON of [kind, body]
-    kind: str  # template | rule | character | parameters | assignment | model | provider | negative
+    content_hash: str  # SHA-256 (hex) of {"kind", "body"} as canonical JSON
+    kind: str  # as gateway/prompts/replay.py names them: template, rule, character, …
     body: Mapping[str, Any]  # JSON values
 
 

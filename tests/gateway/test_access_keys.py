@@ -190,6 +190,9 @@ def test_the_first_start_makes_an_admin_key_that_only_its_owner_reads(
     assert found is not None
     assert found.opens_with(key)
     assert found.scopes == ALL_SCOPES
+    with database.reading() as connection:
+        user = get_user(connection, found.user_id or "")
+    assert user.is_admin and user.may_use_nsfw
 
 
 def test_a_later_start_makes_no_key(database: Database, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def at_level(
             world.go_down()
         world.prompts.start()
         if level == 1:
+            until_level(world.prompts, 0)
             world.go_down()
         yield world, level
 
@@ -92,7 +94,7 @@ def test_every_template_resolves_at_every_level(
 ) -> None:
     world, level = at_level
 
-    held = world.prompts.held()
+    held = until_level(world.prompts, level)
     template = held.snapshot.template(*tuple4)
 
     assert held.level == level
@@ -121,9 +123,12 @@ def test_the_level_follows_the_database_and_the_file(
         if database == "gone at start":
             world.go_down()
         world.prompts.start()
+        if database != "gone at start":
+            held = until_level(world.prompts, 0)
         if database == "gone mid-run":
             world.go_down()
-        held = world.prompts.held()
+        if database != "up":
+            held = world.prompts.held()
 
         assert all_resolve(held)
         if database == "up":
@@ -148,6 +153,7 @@ def test_a_database_that_comes_back_is_served_with_what_was_edited_meanwhile(
     caplog.set_level("INFO")
     with new_world(request, engine, tmp_path) as world:
         world.prompts.start()
+        until_level(world.prompts, 0)
         world.go_down()
         for _ in range(50):
             world.prompts.held()
@@ -159,14 +165,16 @@ def test_a_database_that_comes_back_is_served_with_what_was_edited_meanwhile(
         held = until_level(world.prompts, 0, revision)
 
         assert held.snapshot.negatives[0].negative_prompt == "meanwhile"
-        levels = [
-            one.getMessage() for one in caplog.records if "fallback level" in one.getMessage()
+        changes = [
+            tuple(one.args[:2])
+            for one in caplog.records
+            if "fallback level" in one.msg and isinstance(one.args, tuple)
         ]
-        assert [one[: one.index(",")] for one in levels] == [
-            "prompts: fallback level none -> 0",
-            "prompts: fallback level 0 -> 1",
-            "prompts: fallback level 1 -> 0",
-        ]
+        # A busy machine may take longer than the bound for a read, and then says so as well.
+        assert (0, 1) in changes
+        assert changes[-1] == (1, 0)
+        assert all(before != after for before, after in changes)
+        assert all(one[1] == other[0] for one, other in pairwise(changes))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -469,6 +469,7 @@ def outcome(rows: Snapshot, request: AssembleRequest) -> Assembled | tuple[type,
         return (type(error), str(error))
 
 
+@settings(deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_the_same_arguments_give_the_same_value(rows: Snapshot, request: AssembleRequest) -> None:
     random.seed(1)
@@ -478,6 +479,7 @@ def test_the_same_arguments_give_the_same_value(rows: Snapshot, request: Assembl
     assert outcome(rows, request) == first
 
 
+@settings(deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_only_errors_of_the_gateway_are_raised_and_they_have_no_text_of_the_prompt(
     rows: Snapshot, request: AssembleRequest
@@ -488,7 +490,7 @@ def test_only_errors_of_the_gateway_are_raised_and_they_have_no_text_of_the_prom
         assert "PRIVATE" not in f"{error} {error.fields}"
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_the_trace_explains_each_part_and_has_no_text_of_the_request(
     rows: Snapshot, request: AssembleRequest

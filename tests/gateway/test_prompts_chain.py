@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 
 from gateway.errors import ModelNotAllowed, WorkerUnavailable
 from gateway.prompts.chain import Chain, model_chain
@@ -139,6 +139,7 @@ def test_a_request_without_a_task_wants_no_model() -> None:
     assert found.steps[0].outcome == "none"
 
 
+@settings(deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_every_model_of_a_chain_may_be_asked_and_is_of_the_task(
     rows: Snapshot, request: AssembleRequest
@@ -173,6 +174,7 @@ def test_every_model_of_a_chain_may_be_asked_and_is_of_the_task(
             assert (row.model_key in keys) == (catalogue.missing_since is None)
 
 
+@settings(deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_models_of_another_task_change_nothing(rows: Snapshot, request: AssembleRequest) -> None:
     without = replace(

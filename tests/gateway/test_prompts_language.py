@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import TemplateFault
@@ -305,6 +305,7 @@ FRAGMENTS = st.lists(
 ).map("".join)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(FRAGMENTS)
 def test_any_text_is_refused_or_gives_text_within_its_bounds(text: str) -> None:
     try:

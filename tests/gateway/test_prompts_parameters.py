@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import Invalid
@@ -113,6 +113,7 @@ def test_none_says_nothing() -> None:
     assert found["temperature"].origin == "contract"
 
 
+@settings(deadline=None)
 @given(
     snapshots.parameter_sets(), snapshots.requests(), st.sampled_from(MODELS), snapshots.params()
 )
@@ -157,6 +158,7 @@ def test_every_value_is_that_of_its_origin_and_no_stronger_row_has_the_name(
     assert set(step.detail["rows"]) == {row.id for row in applying}
 
 
+@settings(deadline=None)
 @given(snapshots.parameter_sets(), snapshots.requests())
 def test_the_order_of_rows_changes_nothing(
     rows: tuple[ParameterSet, ...], request: AssembleRequest

@@ -10,14 +10,9 @@ from hypothesis import given, settings
 
 from gateway.errors import GatewayError, Invalid
 from gateway.prompts.assemble import assemble
-from gateway.prompts.replay import (
-    ConfigObject,
-    rebuild,
-    request_from_json,
-    request_to_json,
-    used_objects,
-)
+from gateway.prompts.replay import rebuild, request_from_json, request_to_json, used_objects
 from gateway.values.assembly import Assembled, AssembleRequest
+from gateway.values.logentry import ConfigObject
 from gateway.values.rows import Snapshot
 from tests.gateway import snapshots
 from tests.gateway.snapshots import WordCounters, detect_mark, rule, snapshot, template
@@ -30,12 +25,14 @@ def run(rows: Snapshot, request: AssembleRequest) -> Assembled:
 def stored(objects: tuple[ConfigObject, ...]) -> list[ConfigObject]:
     """As a database gives them back: by hash, through JSON."""
     return [
-        ConfigObject(one.content_hash, one.kind, json.loads(json.dumps(one.body)))
+        ConfigObject(
+            content_hash=one.content_hash, kind=one.kind, body=json.loads(json.dumps(one.body))
+        )
         for one in sorted(objects, key=lambda one: one.content_hash)
     ]
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(snapshots.snapshots(), snapshots.requests())
 def test_the_rows_that_were_used_give_the_same_again(
     rows: Snapshot, request: AssembleRequest
@@ -57,6 +54,7 @@ def test_the_rows_that_were_used_give_the_same_again(
     assert again.content_mode == first.content_mode
 
 
+@settings(deadline=None)
 @given(snapshots.requests())
 def test_a_request_is_the_same_after_json(request: AssembleRequest) -> None:
     assert request_from_json(json.loads(json.dumps(request_to_json(request)))) == request

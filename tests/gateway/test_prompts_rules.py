@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import TemplateFault, TooLarge
@@ -239,6 +239,7 @@ def test_what_is_kept_of_one_configuration_is_never_used_for_another() -> None:
         assert (2 in assembled.rule_ids) == (number == 7)
 
 
+@settings(deadline=None)
 @given(snapshots.rules(), snapshots.requests(), st.randoms(use_true_random=False))
 def test_the_order_of_rows_in_a_snapshot_changes_nothing(
     rules: tuple[Rule, ...], request: AssembleRequest, shuffle: object
@@ -269,6 +270,7 @@ def test_the_order_of_rows_in_a_snapshot_changes_nothing(
     assert outcomes[0].rule_ids == outcomes[1].rule_ids
 
 
+@settings(deadline=None)
 @given(snapshots.rules(), st.sampled_from(("fast", "high")))
 def test_rules_that_are_applied_are_in_order_and_each_match_is_told_once(
     rules: tuple[Rule, ...], quality: str

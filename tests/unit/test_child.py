@@ -252,7 +252,7 @@ def test_the_daemons_own_environment_is_left_as_it_was() -> None:
     assert environment == {"HF_TOKEN": "secret"}
 
 
-def test_a_profile_is_two_fronts_a_runner_and_two_engines_with_the_ports_first() -> None:
+def test_a_profile_is_fronts_runner_engines_and_gateway_with_the_ports_first() -> None:
     settings = load_settings("demo", {"VERBATIM_CHAT_PORT": "9001"})
 
     specs = child_specs(settings)
@@ -263,6 +263,7 @@ def test_a_profile_is_two_fronts_a_runner_and_two_engines_with_the_ports_first()
         ("runner", None),
         ("engine chat", None),
         ("engine media", None),
+        ("gateway", 7862),
     ]
     assert all(spec.arguments[-2:] == ("--profile", str(settings.profile_path)) for spec in specs)
 

@@ -173,6 +173,109 @@ ALLOWED = {
         "worker.vram",
         "worker.vram.ways",
     },
+    # --- the gateway: a program of its own, which imports nothing of the worker
+    "gateway": set(),
+    "gateway.__main__": {
+        "gateway.cli",
+        "gateway.config",
+        "gateway.errors",
+        "gateway.lifeline",
+        "gateway.log",
+        "gateway.server",
+        "gateway.store",
+        "gateway.tokens",
+        "gateway.wsgi",
+    },
+    "gateway.access": {"gateway.config", "gateway.errors", "gateway.store", "gateway.values"},
+    "gateway.cache": {"gateway.errors", "gateway.store", "gateway.values"},
+    "gateway.cli": {
+        "gateway.access",
+        "gateway.content",
+        "gateway.errors",
+        "gateway.logs",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.values",
+    },
+    "gateway.config": {"gateway.errors"},
+    "gateway.content": {"gateway.errors", "gateway.values"},
+    "gateway.errors": set(),
+    "gateway.flows": {
+        "gateway.access",
+        "gateway.cache",
+        "gateway.content",
+        "gateway.errors",
+        "gateway.models",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.tokens",
+        "gateway.values",
+    },
+    "gateway.front": {
+        "gateway.access",
+        "gateway.cache",
+        "gateway.config",
+        "gateway.errors",
+        "gateway.flows",
+        "gateway.jobs",
+        "gateway.log",
+        "gateway.logs",
+        "gateway.models",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.values",
+        "gateway.workers",
+    },
+    "gateway.jobs": {
+        "gateway.access",
+        "gateway.config",
+        "gateway.errors",
+        "gateway.flows",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.values",
+    },
+    "gateway.lifeline": set(),
+    "gateway.log": set(),
+    "gateway.logs": {
+        "gateway.config",
+        "gateway.errors",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.values",
+    },
+    "gateway.migrations": {"gateway.store"},
+    "gateway.models": {"gateway.errors", "gateway.store", "gateway.values"},
+    "gateway.prompts": {"gateway.content", "gateway.errors", "gateway.tokens", "gateway.values"},
+    "gateway.server": {"gateway.config", "gateway.lifeline", "gateway.wsgi"},
+    "gateway.store": {"gateway", "gateway.errors", "gateway.jobs", "gateway.values"},
+    "gateway.tokens": {"gateway.errors", "gateway.values"},
+    "gateway.values": set(),
+    "gateway.workers": {
+        "gateway.config",
+        "gateway.errors",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.tokens",
+        "gateway.values",
+    },
+    "gateway.wsgi": {
+        "gateway.access",
+        "gateway.cache",
+        "gateway.config",
+        "gateway.content",
+        "gateway.errors",
+        "gateway.flows",
+        "gateway.front",
+        "gateway.jobs",
+        "gateway.logs",
+        "gateway.models",
+        "gateway.prompts",
+        "gateway.store",
+        "gateway.tokens",
+        "gateway.workers",
+    },
+    # --- end of the gateway
     "configs.gunicorn.conf": {
         "worker.config",
         "worker.front",
@@ -221,6 +324,40 @@ LIBRARIES = {
     "setproctitle": {"worker.engine.__main__", "worker.jobs"},
 }
 
+GATEWAY_LIBRARIES = {
+    "sqlalchemy": {
+        "gateway.access",
+        "gateway.cache",
+        "gateway.front",
+        "gateway.jobs",
+        "gateway.logs",
+        "gateway.cli",
+        "gateway.migrations",
+        "gateway.models",
+        "gateway.store",
+        "gateway.workers",
+    },
+    "alembic": {"gateway.migrations", "gateway.store"},
+    "psycopg": {"gateway.cache"},
+    "jinja2": {"gateway.prompts"},
+    "tokenizers": {"gateway.tokens", "gateway.workers"},
+    "jwt": {"gateway.access"},
+    "cryptography": {"gateway.access"},
+    "redis": {"gateway.jobs"},
+    "httpx": {"gateway.access", "gateway.jobs", "gateway.workers"},
+    "httpcore": {"gateway.models", "gateway.workers"},
+    "flask": {"gateway.front", "gateway.server", "gateway.wsgi"},
+    "flask_openapi3": {"gateway.front"},
+    "werkzeug": {"gateway.front"},
+    "gunicorn": {"gateway.server"},
+    "prometheus_client": {"gateway.front", "gateway.logs", "gateway.wsgi"},
+    "pydantic": {"gateway.config", "gateway.front"},
+    "pydantic_core": {"gateway.front"},
+    "rich": {"gateway.cli"},
+    "_typeshed": {"gateway.cache", "gateway.content"},  # for the type checker alone
+}
+
+OURS = {"worker", "gateway"}
 HEAVY = {"torch", "transformers", "diffusers", "flask", "gunicorn"}
 
 
@@ -233,6 +370,12 @@ SOURCES = {
     _name(path): path
     for path in (
         *sorted((REPOSITORY / "worker").rglob("*.py")),
+        # Migrations are run by Alembic, file by file, and are no modules of ours.
+        *(
+            path
+            for path in sorted((REPOSITORY / "gateway").rglob("*.py"))
+            if path.parent.name not in ("migrations", "versions") or path.name == "__init__.py"
+        ),
         REPOSITORY / "orchestrator.py",
         REPOSITORY / "configs" / "gunicorn.conf.py",
     )
@@ -276,7 +419,7 @@ def _imported_parts(part: str) -> set[str]:
         for module in SOURCES
         if _part(module) == part
         for imported in _imports(module)
-        if imported.split(".")[0] == "worker"
+        if imported.split(".")[0] in OURS
     } - {part}
 
 
@@ -326,11 +469,24 @@ def test_engines_and_fronts_never_import_each_other() -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_module_uses_only_the_libraries_that_its_part_may(module: str) -> None:
     used = {imported.split(".")[0] for imported in _imports(module)}
-    others = used - set(sys.stdlib_module_names) - {"worker"}
+    others = used - set(sys.stdlib_module_names) - OURS
 
-    assert {library for library in others if _part(module) not in LIBRARIES.get(library, ())} == (
-        set()
-    )
+    assert {library for library in others if _part(module) not in _users(library)} == set()
+
+
+def _users(library: str) -> set[str]:
+    return LIBRARIES.get(library, set()) | GATEWAY_LIBRARIES.get(library, set())
+
+
+def test_worker_and_gateway_never_import_each_other() -> None:
+    crossings = {
+        (part, allowed)
+        for part in ALLOWED
+        for allowed in _imported_parts(part)
+        if {part.split(".")[0], allowed.split(".")[0]} == OURS
+    }
+
+    assert crossings == set()
 
 
 def test_nothing_is_imported_by_a_name_that_is_put_together_at_run_time() -> None:
@@ -365,7 +521,7 @@ def test_importing_prints_nothing_and_reads_no_file_but_source() -> None:
     light = [
         module
         for module in SOURCES
-        if module.startswith("worker")
+        if module.split(".")[0] in OURS
         and not _needs_torch(module)
         and not module.endswith("__main__")
     ]
@@ -405,7 +561,7 @@ def _needs_torch(module: str, seen: frozenset[str] = frozenset()) -> bool:
     )
 
 
-@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("worker")])
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.split(".")[0] in OURS])
 def test_a_modules_top_level_only_defines(module: str) -> None:
     body = _tree(module).body
 
@@ -420,7 +576,7 @@ def _only_defines(node: ast.stmt) -> bool:
             return True
         case ast.Expr(value=ast.Constant()):  # a docstring
             return True
-        case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+        case ast.If(test=ast.Compare(left=ast.Name(id="__name__")) | ast.Name(id="TYPE_CHECKING")):
             return True
         case ast.Assign() | ast.AnnAssign():
             called = {
@@ -445,7 +601,7 @@ def test_every_module_says_what_it_is_for() -> None:
     silent = [
         module
         for module, path in SOURCES.items()
-        if module.startswith("worker")
+        if module.split(".")[0] in OURS
         and path.stat().st_size > 0
         and ast.get_docstring(_tree(module)) is None
     ]
