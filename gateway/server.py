@@ -48,6 +48,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "control_socket_disable": True,
             "when_ready": _limit_sockets,
             "post_fork": _bind_to_master,
+            "worker_exit": _close_app,
         }
         for key, value in options.items():
             self.cfg.set(key, value)
@@ -68,3 +69,11 @@ def _limit_sockets(server: Any) -> None:
 def _bind_to_master(server: Any, worker: Any) -> None:
     die_with(worker.ppid)
     die_with_any_thread()
+
+
+def _close_app(server: Any, worker: Any) -> None:
+    from gateway.wsgi import CLOSE
+
+    app = getattr(worker, "wsgi", None)  # None: it did not come to load it
+    if app is not None:
+        app.extensions[CLOSE]()

@@ -28,6 +28,7 @@ from gateway.flows.enhance import Enhancer
 from gateway.front import functions, jobs, log_routes
 from gateway.front import workers as worker_routes
 from gateway.front.app import API_ROUTES, FUNCTION_ROUTES, create_app
+from gateway.front.revision import Telling
 from gateway.front.services import Services
 from gateway.jobs.desk import JobDesk
 from gateway.jobs.queues import queue_of
@@ -53,6 +54,7 @@ from gateway.workers.service import WorkersService, make_workers
 log = logging.getLogger(__name__)
 
 PREPARE_AGAIN_S = 5.0
+CLOSE = "gateway_close"  # in the app's extensions: what ends its threads
 
 
 def build(settings: Settings) -> Flask:
@@ -85,7 +87,7 @@ def build(settings: Settings) -> Flask:
         started=wall(),
         random01=random.random,
     )
-    logs = LogWriter(database, section.logs)
+    logs = LogWriter(database, section.logs, registry)
     logs.start()
     gate = Gate(database, service_keys(settings), verifier(settings, clock), wall, clock)
     gate.warm()
@@ -103,11 +105,12 @@ def build(settings: Settings) -> Flask:
         registry=registry,
     )
     resolve = functools.partial(assemble, counters=counters)
-    enhancer = Enhancer(prompts, resolve, counters, models, logs)
-    chat = Chat(prompts, resolve, models, database, logs)
+    told = Telling(prompts)
+    enhancer = Enhancer(told, resolve, counters, models, logs)
+    chat = Chat(told, resolve, models, database, logs)
     desk = JobDesk(
         database,
-        prompts,
+        told,
         enhancer,
         queue_of(settings),
         workers.media,
@@ -133,10 +136,27 @@ def build(settings: Settings) -> Flask:
     )
     if not prepared:
         _thread("prepare", functools.partial(_prepare_later, settings, database, prompts, gate))
-    _thread("jobs", desk.run)
-    _thread("refresh", functools.partial(refresher.run, threading.Event()))
-    _thread("retention", Retention(database, section.logs).run)
+    stop = threading.Event()
+    _thread("jobs", functools.partial(desk.run, stop))
+    _thread("refresh", functools.partial(refresher.run, stop))
+    _thread("retention", Retention(database, section.logs, stop=stop).run)
+    app.extensions[CLOSE] = functools.partial(_close, stop, workers, logs, prompts, database)
     return app
+
+
+def _close(
+    stop: threading.Event,
+    workers: WorkersService,
+    logs: LogWriter,
+    prompts: Prompts,
+    database: Database,
+) -> None:
+    """End what `build` started, when no request runs any more: what is to be logged is written."""
+    stop.set()
+    logs.stop()
+    prompts.stop()
+    workers.close()
+    database.dispose()
 
 
 def check_settings(settings: Settings) -> None:

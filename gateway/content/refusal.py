@@ -14,7 +14,7 @@ everyone shown is an adult.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from gateway.content.detect import adult_terms
 from gateway.content.people import names_somebody
 from gateway.content.spelling import masks, words
 from gateway.content.terms import TermList, read_terms
+
+# Texts whose findings are remembered, by each question; 20 MB at the very most.
+REMEMBERED, REMEMBERED_CHARS = 4096, 2000
 
 MINORS, PEOPLE = "sexual content with minors", "sexual content about real people"
 
@@ -49,17 +52,42 @@ class _Lists:
 def refusal(texts: Sequence[str]) -> Refusal | None:
     """Why these texts of one request may not be worked on; None: they may. Pure after the first
     call, which reads the word lists."""
-    lists = _lists()
-    tokens: list[str] = []
-    for text in texts:
-        tokens += words(text, lists.hidden, lists.masked)
-    if not lists.adult.found(tokens) and not lists.sexual.found(tokens):
+    if not any(_has(text, _is_sexual) for text in texts):
         return None
-    if is_young(tokens) or lists.minors.found(tokens) or any(map(names_age, texts)):
+    if any(_has(text, _is_of_minors) for text in texts):
         return Refusal(MINORS)
-    if lists.people.found(tokens) or any(names_somebody(text) for text in texts):
+    if any(_has(text, _is_of_people) for text in texts):
         return Refusal(PEOPLE)
     return None
+
+
+def _has(text: str, look: Callable[[str], bool]) -> bool:
+    """What `look` finds in a text: remembered for texts that are not long, since those of templates
+    and rules come with every request. A text ends a clause, so no finding spans two of them."""
+    return _remembered(text, look) if len(text) <= REMEMBERED_CHARS else look(text)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _remembered(text: str, look: Callable[[str], bool]) -> bool:
+    return look(text)
+
+
+def _is_sexual(text: str) -> bool:
+    lists = _lists()
+    tokens = words(text, lists.hidden, lists.masked)
+    return bool(lists.adult.found(tokens) or lists.sexual.found(tokens))
+
+
+def _is_of_minors(text: str) -> bool:
+    lists = _lists()
+    tokens = words(text, lists.hidden, lists.masked)
+    return is_young(tokens) or bool(lists.minors.found(tokens)) or names_age(text)
+
+
+def _is_of_people(text: str) -> bool:
+    lists = _lists()
+    tokens = words(text, lists.hidden, lists.masked)
+    return bool(lists.people.found(tokens)) or names_somebody(text)
 
 
 @functools.cache

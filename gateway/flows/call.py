@@ -24,6 +24,7 @@ class Call:
     began: float  # monotonic seconds
     deadline_s: float  # from `began`
     min_revision: int | None = None  # the configuration has to be this new
+    job_id: str | None = None  # of the job that it is for
 
 
 class PromptSource(Protocol):

@@ -73,9 +73,6 @@ class Record:
     def fitted(self, target_tokens: int, compressed: bool) -> None:
         self._values |= {"target_tokens": target_tokens, "compressed": compressed}
 
-    def job(self, job_id: str) -> None:
-        self._values["job_id"] = job_id
-
     def entry(self, now: float, at: datetime, status: int, error_code: str | None) -> LogEntry:
         """now: monotonic seconds at the end; at: the same moment on the wall's clock."""
         return LogEntry(
@@ -86,6 +83,7 @@ class Record:
             status=status,
             error_code=error_code,
             user_id=self._call.caller.user_id,
+            job_id=self._call.job_id,
             flags=tuple(self._flags),
             body=self._body() if self._keeps_bodies else None,
             **self._values,

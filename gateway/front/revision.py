@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from flask import Response, g
+from flask import Response, g, has_request_context
 
 from gateway.cache.holder import Held
 from gateway.errors import InvalidRequest
@@ -34,6 +34,19 @@ def held(prompts: PromptSource) -> Held:
     found = prompts.held(minimum())
     used(found)
     return found
+
+
+class Telling:
+    """A source for flows, whose configuration the answer's headers then name."""
+
+    def __init__(self, prompts: PromptSource):
+        self._prompts = prompts
+
+    def held(self, min_revision: int | None = None) -> Held:
+        found = self._prompts.held(min_revision)
+        if has_request_context():
+            used(found)
+        return found
 
 
 def minimum() -> int | None:

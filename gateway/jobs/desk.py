@@ -7,10 +7,11 @@ to the client. What was accepted waits for its callback, however long that takes
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -100,6 +101,8 @@ class JobDesk:
         """The answer's body once the job is handed over. over_http: to a worker although there is a
         queue."""
         user_id = owner(call.caller)
+        job_id = str(uuid.uuid4())
+        call = replace(call, job_id=job_id)
         plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)
         asked = prepare(asked, user_id, self._sign)
         plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)  # with its references as URLs
@@ -107,7 +110,6 @@ class JobDesk:
         held = self._prompts.held(call.min_revision)
         prompt = self._prompt(asked, plan, call, held.snapshot)
         negative = self._negative(asked, plan, prompt.content_mode, held.snapshot)
-        job_id = str(uuid.uuid4())
         secret = self._signatures.secret_of(job_id)
         payload = element(
             asked,
@@ -333,14 +335,14 @@ class JobDesk:
         if lost:
             log.warning("%d jobs were never handed over and are failed", lost)
 
-    def run(self) -> None:
+    def run(self, stop: threading.Event) -> None:
         """The loop of a thread."""
-        while True:
+        while not stop.is_set():
             try:
                 self.sweep()
             except GatewayError as exc:
                 log.warning("jobs were not looked through: %s", exc)
-            time.sleep(SWEEP_EVERY_S)
+            stop.wait(SWEEP_EVERY_S)
 
 
 def _skipped(job_id: str, why: str) -> dict[str, Any]:

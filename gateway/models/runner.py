@@ -172,46 +172,41 @@ class ModelRunner:
         attempts: list[Attempt] = []
         first_error: GatewayError | None = None
         too_late = False
-        resting = self._resting(choices, now)
-        waiting = sum(choice.model_key not in resting for choice in choices)
-        for choice in choices:
-            if choice.model_key in resting:
-                attempts.append(_attempt(choice, "skipped", resting[choice.model_key]))
-                continue
-            asked_at = self._clock()
-            left_s = deadline_s - (asked_at - started)
-            if left_s < SHORTEST_S:
-                why = f"{max(0.0, left_s):.2f} s of {deadline_s:.3g} s are left"
-                attempts.append(_attempt(choice, "skipped", why))
-                too_late = True
-                continue
-            waiting -= 1
-            budget_s = left_s * SHARE if waiting else left_s
-            try:
-                answer = self._ask(choice, messages, params, budget_s, request_id, route)
-            except GatewayError as exc:
-                ended = self._clock()
-                attempts.append(_failure(choice, exc, (ended - asked_at) * 1000))
-                logger.warning("model %r failed: %s", choice.model_key, exc)
-                if _counts(exc, budget_s):
-                    why = exc.reason if isinstance(exc, ProviderError) else exc.code
-                    self._cooldowns.failed(choice.model_key, now + ended - started, why)
-                if first_error is None and not _is_skip(exc):
-                    first_error = exc
-                continue
-            self._cooldowns.succeeded(choice.model_key)
-            ms = (self._clock() - asked_at) * 1000
-            attempts.append(_attempt(choice, "answered", "", ms))
-            return _answered(choice, answer, attempts, ms, choice is not choices[0])
+        resting = self._cooldowns.unavailable(now)
+        fresh = [choice for choice in choices if choice.model_key not in resting]
+        rested = [choice for choice in choices if choice.model_key in resting]
+        attempts += [_attempt(one, "skipped", resting[one.model_key]) for one in rested if fresh]
+        for group in (fresh, rested):
+            for index, choice in enumerate(group):
+                asked_at = self._clock()
+                left_s = deadline_s - (asked_at - started)
+                if left_s < SHORTEST_S:
+                    why = f"{max(0.0, left_s):.2f} s of {deadline_s:.3g} s are left"
+                    attempts.append(_attempt(choice, "skipped", why))
+                    too_late = True
+                    continue
+                budget_s = left_s * SHARE if index < len(group) - 1 else left_s
+                try:
+                    answer = self._ask(choice, messages, params, budget_s, request_id, route)
+                except GatewayError as exc:
+                    ended = self._clock()
+                    attempts.append(_failure(choice, exc, (ended - asked_at) * 1000))
+                    logger.warning("model %r failed: %s", choice.model_key, exc)
+                    if _counts(exc, budget_s):
+                        why = exc.reason if isinstance(exc, ProviderError) else exc.code
+                        self._cooldowns.failed(choice.model_key, now + ended - started, why)
+                    if first_error is None and not _is_skip(exc):
+                        first_error = exc
+                    continue
+                self._cooldowns.succeeded(choice.model_key)
+                ms = (self._clock() - asked_at) * 1000
+                attempts.append(_attempt(choice, "answered", "", ms))
+                return _answered(choice, answer, attempts, ms, choice is not choices[0])
+            if first_error is not None or too_late:
+                break
+            # Nothing was sent to anybody: all that do not rest lack a key, or there are none. To
+            # ask one that may work again is better than an error that is certain.
         raise _all_failed(first_error, attempts, too_late=too_late)
-
-    def _resting(self, choices: Sequence[ModelChoice], now: float) -> Mapping[str, str]:
-        """Models of the chain to pass over. Where all of them rest none is passed over: asking
-        one that may work again is better than an error that is certain."""
-        unavailable = self._cooldowns.unavailable(now)
-        if all(choice.model_key in unavailable for choice in choices):
-            return {}
-        return unavailable
 
     def _ask(
         self,

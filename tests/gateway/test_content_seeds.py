@@ -44,10 +44,10 @@ from gateway.values.seeds import SeedCharacter, Seeds
 # Name → target, job, use, output tokens, target limit, hard limit, tokenizer.
 DESIGNED = {
     "enhancement_sdxl": ("sdxl", "image", "enhancement", 160, 75, 75, "clip"),
-    "enhancement_wan": ("wan", "video", "enhancement", 200, 100, 512, "umt5"),
+    "enhancement_wan": ("wan", "video", "enhancement", 200, 100, 511, "umt5"),
     "chat": ("qwen_instruct", "chat", "chat", 200, None, None, None),
     "generation_sdxl": ("sdxl", "image", "generation", 300, 150, 150, "clip"),
-    "generation_wan": ("wan", "video", "generation", 400, 200, 512, "umt5"),
+    "generation_wan": ("wan", "video", "generation", 400, 200, 511, "umt5"),
     "playground": ("qwen_instruct", "chat", "playground", 300, None, None, None),
 }
 

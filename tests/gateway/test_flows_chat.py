@@ -106,10 +106,10 @@ def test_a_first_turn_begins_the_conversation_and_is_answered(bench: ChatBench) 
 
 
 def test_the_answer_is_the_models_byte_for_byte(bench: ChatBench) -> None:
-    bench.models.replies = [" *smiles* 😀\n\n  As an AI … \t"]
+    bench.models.replies = [" *smiles* 😀\n\n  Dear guest … \t"]
 
-    assert bench.say()["response"] == " *smiles* 😀\n\n  As an AI … \t"
-    assert bench.kept()[1] == ("assistant", " *smiles* 😀\n\n  As an AI … \t")
+    assert bench.say()["response"] == " *smiles* 😀\n\n  Dear guest … \t"
+    assert bench.kept()[1] == ("assistant", " *smiles* 😀\n\n  Dear guest … \t")
 
 
 def test_earlier_turns_are_sent_oldest_first(bench: ChatBench) -> None:

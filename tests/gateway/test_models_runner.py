@@ -325,6 +325,21 @@ def test_where_every_model_rests_they_are_asked_all_the_same() -> None:
     assert bench.cooldowns.unavailable(bench.clock.at) == {}
 
 
+def test_a_resting_model_is_asked_where_the_others_lack_their_keys() -> None:
+    """The demo profile has our worker and a provider without a key. After three failures of the
+    worker every request failed until its rest was over, though it was back at once."""
+    missing = ProviderError(faults.NO_SECRET, "secret X_API_KEY is not set")
+    bench = Bench(a=WorkerFault("odd"), b=missing)
+    for _ in range(3):
+        bench.error(choice("a"), choice("b"))
+
+    bench.side.results["a"] = Done()
+    answer = bench.run(choice("a"), choice("b"))
+
+    assert answer.text == "from a worker"
+    assert [one.outcome for one in answer.attempts] == ["skipped", "skipped", "answered"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -35,6 +35,7 @@ class Daemon:
         self.state_dir = Path(environment["VERBATIM_STATE_DIR"])
         self.chat_url = f"http://127.0.0.1:{environment['VERBATIM_CHAT_PORT']}"
         self.media_url = f"http://127.0.0.1:{environment['VERBATIM_MEDIA_PORT']}"
+        self.gateway_url = f"http://127.0.0.1:{environment['GATEWAY_PORT']}"
         self.chat = httpx.Client(base_url=self.chat_url, timeout=60)
         self.media = httpx.Client(base_url=self.media_url, timeout=100)
 
@@ -80,16 +81,22 @@ def running_daemon(
     folder: Path,
     change: Callable[[str], str] = lambda text: text,
     ready: bool = True,
+    gateway: bool = False,
     **variables: str,
 ) -> Iterator[Daemon]:
     """Start a daemon in `folder`, wait until it is ready, and leave nothing behind.
 
     It runs the demo profile with the model "endless" beside the demo models.
-    change: what to change in the profile's text.
+    change: what to change in the profile's text. gateway: whether the prompt gateway runs, too.
     """
     profile = folder / "demo.toml"
-    profile.write_text(change(demo_profile((CONFIGS / "demo.toml").read_text())))
     environment = daemon_environment(folder, **variables)
+    text = demo_profile((CONFIGS / "demo.toml").read_text())
+    if gateway:
+        text = text.replace("127.0.0.1:7862", f"127.0.0.1:{environment['GATEWAY_PORT']}")
+    else:
+        text = without_gateway(text)
+    profile.write_text(change(text))
     output = folder / "orchestrator.out"
     with output.open("w") as out:
         process = subprocess.Popen(
@@ -121,6 +128,18 @@ def running_daemon(
             path.unlink()
         if run_dir(daemon.state_dir).exists():
             run_dir(daemon.state_dir).rmdir()
+
+
+def without_gateway(profile: str) -> str:
+    """The profile's text without [gateway] and its parts."""
+    kept = []
+    is_in = False
+    for line in profile.splitlines(keepends=True):
+        if line.startswith("["):
+            is_in = line.startswith("[gateway")
+        if not is_in:
+            kept.append(line)
+    return "".join(kept)
 
 
 def daemon_environment(folder: Path, **variables: str) -> dict[str, str]:

@@ -244,11 +244,11 @@ ALLOWED = {
         "gateway.store",
         "gateway.values",
     },
-    "gateway.migrations": {"gateway.store"},
+    "gateway.migrations": set(),
     "gateway.models": {"gateway.errors", "gateway.store", "gateway.values"},
     "gateway.prompts": {"gateway.content", "gateway.errors", "gateway.tokens", "gateway.values"},
     "gateway.server": {"gateway.config", "gateway.lifeline", "gateway.wsgi"},
-    "gateway.store": {"gateway", "gateway.errors", "gateway.jobs", "gateway.values"},
+    "gateway.store": {"gateway", "gateway.errors", "gateway.values"},
     "gateway.tokens": {"gateway.errors", "gateway.values"},
     "gateway.values": set(),
     "gateway.workers": {
