@@ -2,6 +2,7 @@
 
     python scripts/bench_media.py
     python scripts/bench_media.py --rounds 5 --json benchmarks/media-cpu.json
+    python scripts/bench_media.py --shared 4
 
 Starts a daemon of its own, on free ports, with the demo models and room for all of them, and a
 second process that calls diffusers' own pipelines with the same weights, threads and parameters,
@@ -9,6 +10,10 @@ and with the patience of OpenMP's threads that the daemon gives its engines (doc
 Each round runs every case in both, in turns (A B B A), one at a time. A direct call is timed from
 the call of the pipeline to the written file; a job from the POST to the last byte of its file,
 with everything in between: the journal, the queue, the engine, the encoding, the download.
+
+With --shared N nothing is compared with the pipeline: N jobs of one picture of 128x128 wait behind
+another job, and are timed from its end to that of the last of them, made alone (exactness bit) and
+in one batch (close).
 
 Prints a table of seconds (median, spread, ratio) and whether the bytes of both files' pixels are
 the same; writes JSON. Exit codes: 0 measured; 1 pixels differ; 2 usage; 130 interrupted.
@@ -44,6 +49,7 @@ from chat_bench.models import REPOSITORY
 from chat_bench.servers import free_port
 
 SIDES = ("direct", "daemon")
+WAYS = {"alone": "bit", "shared": "close"}  # the exactness that makes it so
 START_S = 120.0
 
 
@@ -76,6 +82,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-media-") as work:
         folder = Path(work)
         daemon, url = _started(folder)
+        if args.shared:
+            try:
+                shared = _shared(url, args.shared, args.rounds)
+            finally:
+                daemon.terminate()
+                daemon.wait(60)
+            _print_shared(shared, console)
+            _write(args.json, [shared], console)
+            return 0
         ours, theirs = multiprocessing.Pipe()
         direct = multiprocessing.get_context("spawn").Process(
             target=_direct, args=(theirs, folder), daemon=True
@@ -89,16 +104,21 @@ def main() -> int:
             daemon.terminate()
             daemon.wait(60)
     _print(seen, console)
-    if args.json is not None:
-        report = {
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "command": " ".join(["python", "scripts/bench_media.py", *sys.argv[1:]]),
-            "cases": seen,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"written: {args.json}")
+    _write(args.json, seen, console)
     return 0 if all(one["same_pixels"] for one in seen) else 1
+
+
+def _write(path: Path | None, cases: list[dict[str, Any]], console: Console) -> None:
+    if path is None:
+        return
+    report = {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "command": " ".join(["python", "scripts/bench_media.py", *sys.argv[1:]]),
+        "cases": cases,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written: {path}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -106,6 +126,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="default 3; each runs all cases ABBA")
+    parser.add_argument(
+        "--shared", type=int, default=0, metavar="N", help="jobs that share a batch, 2 to 6"
+    )
     parser.add_argument("--json", type=Path, help="where the figures go")
     return parser.parse_args()
 
@@ -184,9 +207,54 @@ def _measured(url: str, direct: Connection, rounds: int, console: Console) -> li
     ]
 
 
-def _job(client: httpx.Client, case: Case, seed: int) -> tuple[float, str]:
+def _shared(url: str, jobs: int, rounds: int) -> dict[str, Any]:
+    """Seconds for all of these jobs, alone and shared, and how many pictures a batch had."""
+    client, case = httpx.Client(base_url=url, timeout=120), CASES[0]
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    images: set[int] = set()
+
+    def post(seed: int, **more: Any) -> dict[str, Any]:
+        return {"id": uuid.uuid4().hex} | _body(case, seed) | more
+
+    def finished(body: dict[str, Any]) -> dict[str, Any]:
+        """The same id joins the job."""
+        job: dict[str, Any] = client.post(
+            "/generate", json=body, headers={"Prefer": "wait=90"}
+        ).json()
+        if job["status"] != "completed":
+            raise SystemExit(f"a job did not end well: {job}")
+        return job
+
+    for number in range(rounds + 1):  # the first one warms up
+        for way in (*WAYS, *[*WAYS][::-1]):
+            first = post(0, exactness="bit")
+            bodies = [post(one + 1, exactness=WAYS[way]) for one in range(jobs)]
+            for body in (first, *bodies):
+                client.post("/generate", json=body)
+            finished(first)
+            began = time.perf_counter()
+            done = [finished(body) for body in bodies]
+            took_s = time.perf_counter() - began
+            if number:
+                seconds[way].append(took_s)
+                images |= {one["receipt"].get("batch", {"images": 1})["images"] for one in done}
+    return asdict(case) | {"jobs": jobs, "seconds": seconds, "images_in_batches": sorted(images)}
+
+
+def _print_shared(seen: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{seen['jobs']} queued jobs, {seen['name']}: median (least to most)")
+    for column in ("", "seconds", "images/s"):
+        table.add_column(column)
+    for way, times in seen["seconds"].items():
+        middle = statistics.median(times)
+        spread = f"{middle:.3f} ({min(times):.3f} to {max(times):.3f})"
+        table.add_row(way, spread, f"{seen['jobs'] / middle:.2f}")
+    console.print(table)
+    console.print(f"pictures in a batch: {', '.join(map(str, seen['images_in_batches']))}")
+
+
+def _body(case: Case, seed: int) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "id": uuid.uuid4().hex,
         "type": "sdxl_image_fast" if case.kind == "image" else "video_fast",
         "prompt": PROMPT[case.kind],
         "width": case.width,
@@ -197,6 +265,11 @@ def _job(client: httpx.Client, case: Case, seed: int) -> tuple[float, str]:
     }
     if case.kind == "video":
         body |= {"frames": case.frames, "scheduler": "unipc"}
+    return body
+
+
+def _job(client: httpx.Client, case: Case, seed: int) -> tuple[float, str]:
+    body = {"id": uuid.uuid4().hex} | _body(case, seed)
     began = time.perf_counter()
     answer = client.post("/generate", json=body, headers={"Prefer": "wait=90"})
     job = answer.json()

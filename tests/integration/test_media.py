@@ -158,6 +158,29 @@ def test_a_prompt_of_more_pieces_than_are_taken_fails_the_job_with_the_counts(da
     assert "1500" in job["error"]
 
 
+@pytest.mark.parametrize("exactness", ["close", "bit"])
+def test_queued_jobs_of_one_shape_share_a_batch_where_all_of_them_allow_it(daemon, exactness):
+    before = daemon.media.post("/generate", json=IMAGE | {"steps": 150, "exactness": "bit"}).json()
+    changes = ({"seed": 1}, {"prompt": "a green sphere"}, {"negative_prompt": "red", "seed": 3})
+
+    urls = [
+        daemon.media.post("/generate", json=IMAGE | {"exactness": exactness} | one).json()[
+            "status_url"
+        ]
+        for one in changes
+    ]
+
+    def ended() -> list[dict[str, Any]]:
+        jobs = [daemon.media.get(url).json() for url in urls]
+        return jobs if all(one["status"] == "completed" for one in jobs) else []
+
+    receipts = [one["receipt"] for one in eventually(ended, 80)]
+    shared = {"jobs": 3, "images": 3} if exactness == "close" else None
+    assert [one.get("batch") for one in receipts] == [shared] * 3
+    assert [one["exactness"] for one in receipts] == [exactness] * 3
+    assert daemon.media.get(before["status_url"]).json()["receipt"]["exactness"] == "bit"
+
+
 def test_a_running_job_is_cancelled_within_a_step(daemon):
     job = daemon.media.post("/generate", json=IMAGE | {"steps": 150, "num_images": 6}).json()
     eventually(lambda: daemon.media.get(job["status_url"]).json()["step"] > 0, 30)

@@ -77,6 +77,7 @@ class Bench:
         self.told: list[tuple[str, str]] = []
         self.uploads = False
         self.keep_finished = 100
+        self.batch_images = 1
         self.runner: JobRunner | None = None
 
     def start(self) -> JobRunner:
@@ -92,6 +93,7 @@ class Bench:
             places=self._places,
             keep_finished=self.keep_finished,
             keep_bytes=1 << 30,
+            batch_images=self.batch_images,
             clock=self.clock,
         )
         self.runner.start()
@@ -1433,3 +1435,215 @@ def test_the_oldest_finished_jobs_go_with_the_files_that_nobody_shares(bench: Be
     bench.until(lambda: set(bench.files()) == kept)
     assert not _known(bench, "j0")
     assert len(kept) == 3  # two files and the thumbnail that all share
+
+
+# --- sharing a batch -----------------------------------------------------------------------------
+
+
+CLOSE: dict[str, Any] = {"exactness": "close"}
+
+
+def shared(bench: Bench, *job_ids: str) -> dict[str, tuple[str, ...]]:
+    """Start the runner with these jobs waiting, and an engine that says nothing by itself. Returns
+    whom each job was sent with, once the engine has all of them."""
+    bench.batch_images = 6
+    bench.link.plays(*[stays_silent] * len(job_ids))
+    for job_id in job_ids:
+        bench.add(job_id, **CLOSE)
+    bench.start()
+    sent = bench.link.wait_sent(RenderJob, len(job_ids))
+    return {one.request_id: one.companions for one in sent}
+
+
+def test_jobs_that_allow_it_are_sent_together_the_leader_first(bench: Bench) -> None:
+    sent = shared(bench, "a", "b", "c")
+
+    assert next(iter(sent)) == "a"
+    assert sent == {"a": ("b", "c"), "b": (), "c": ()}
+    for job_id in "cab":
+        bench.progress(job_id, "save")
+        bench.finish(job_id)
+    complete(bench, "a", "b", "c")
+    assert [bench.journal.get(one).starts for one in "abc"] == [1, 1, 1]
+
+
+def test_jobs_that_do_not_allow_it_are_sent_one_after_the_other(bench: Bench) -> None:
+    bench.batch_images = 6
+    for job_id, fields in (("a", CLOSE), ("b", {}), ("c", CLOSE)):
+        bench.add(job_id, **fields)
+
+    bench.start()
+
+    complete(bench, "a", "b", "c")
+    assert [one.companions for one in bench.link.of(RenderJob)] == [(), (), ()]
+    assert bench.rendered() == ["a", "b", "c"]
+
+
+def test_nobody_joins_while_pictures_of_a_job_whose_turn_was_before_are_fetched(
+    bench: Bench,
+) -> None:
+    gate = Gate()
+    bench.fetch = lambda wanted: gate()
+    bench.batch_images = 6
+    bench.add("p", **PICTURED)
+    bench.add("a", **CLOSE)
+    bench.add("b", **CLOSE)
+
+    bench.start()
+    assert gate.reached.wait(PATIENCE_S)
+    bench.wait("a")
+    gate.opened.set()
+
+    complete(bench, "p", "a", "b")
+    assert [one.companions for one in bench.link.of(RenderJob)] == [(), (), ()]
+
+
+def test_the_next_job_begins_when_all_of_a_batch_are_saved(bench: Bench) -> None:
+    shared(bench, "a", "b")
+    bench.add("c")
+
+    bench.progress("a", "save")
+    bench.rounds()
+    before = bench.rendered()
+    bench.progress("b", "save")
+    bench.link.wait_sent(RenderJob, 3)
+
+    assert sorted(before) == ["a", "b"]
+    for job_id in "ab":
+        bench.finish(job_id)
+    complete(bench, "a", "b", "c")
+
+
+def test_a_job_of_a_batch_ends_alone_when_it_is_cancelled_or_fails(bench: Bench) -> None:
+    shared(bench, "a", "b", "c")
+
+    bench.journal.wish_cancel("b")
+    bench.link.emit(*fails("prompt_too_long", 413)(bench.asked("c")))
+    bench.wait("b")
+    bench.wait("c")
+    bench.finish("a")
+
+    complete(bench, "a")
+    ended = {one: bench.journal.get(one) for one in "bc"}
+    assert (ended["b"].status, ended["b"].attempts) == (Status.CANCELLED, 0)
+    assert (ended["c"].status, ended["c"].error_code) == (Status.FAILED, "prompt_too_long")
+
+
+def test_jobs_whose_engine_dies_over_their_batch_are_made_again_alone(bench: Bench) -> None:
+    shared(bench, "a", "b")
+
+    for job_id in "ab":
+        bench.link.emit(*LOST(bench.asked(job_id)))
+
+    complete(bench, "a", "b")
+    again = bench.link.of(RenderJob)[2:]
+    assert [(one.request_id, one.companions) for one in again] == [("a", ()), ("b", ())]
+    assert [bench.journal.get(one).attempts for one in "ab"] == [1, 1]
+
+
+def test_an_engine_that_dies_over_the_rest_of_a_batch_counts_nothing_for_a_job_that_is_saved(
+    bench: Bench,
+) -> None:
+    shared(bench, "a", "b")
+    bench.progress("a", "save")
+    bench.until(lambda: bench.board.get("a") is not None and bench.board.get("a").phase == "save")  # type: ignore[union-attr]
+    bench.rounds()
+
+    for job_id in "ab":
+        bench.link.emit(*LOST(bench.asked(job_id)))
+
+    complete(bench, "a", "b")
+    assert [bench.journal.get(one).attempts for one in "ab"] == [0, 1]
+
+
+def held_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Start the runner with a and b for one batch, of which a is claimed and not yet sent."""
+    gate, real = Gate(), JobRunner._references
+
+    def references(self: JobRunner, run: Any, folder: Path) -> tuple[Reference, ...]:
+        if run.job.id == "a" and not gate.opened.is_set():
+            gate()
+        return real(self, run, folder)
+
+    monkeypatch.setattr(JobRunner, "_references", references)
+    bench.batch_images = 6
+    bench.add("a", **CLOSE)
+    bench.add("b", **CLOSE)
+    bench.start()
+    assert gate.reached.wait(PATIENCE_S)
+    return gate
+
+
+def test_a_job_of_a_batch_goes_on_when_its_leader_is_cancelled_before_it_was_sent(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = held_back(bench, monkeypatch)
+
+    bench.journal.wish_cancel("a")
+    bench.link.wait_cancelled("a")
+    gate.opened.set()
+
+    complete(bench, "b")
+    assert bench.wait("a").status is Status.CANCELLED
+    assert bench.rendered() == ["b"]
+
+
+def test_a_job_of_a_batch_that_is_cancelled_before_it_was_sent_is_left_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = held_back(bench, monkeypatch)
+
+    bench.journal.wish_cancel("b")
+    assert bench.wait("b").status is Status.CANCELLED
+    gate.opened.set()
+
+    complete(bench, "a")
+    assert [(one.request_id, one.companions) for one in bench.link.of(RenderJob)] == [("a", ())]
+
+
+def test_a_runner_that_drains_lets_a_batch_wait_that_was_not_sent(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = held_back(bench, monkeypatch)
+
+    assert bench.runner is not None
+    bench.runner.stop_taking()
+    gate.opened.set()
+    bench.idle()
+
+    assert bench.rendered() == []
+    assert [one.id for one in bench.journal.waiting()] == ["a", "b"]
+
+
+def test_a_journal_that_fails_between_two_of_a_batch_keeps_those_that_have_begun(
+    bench: Bench,
+) -> None:
+    bench.batch_images = 6
+    for job_id in "abc":
+        bench.add(job_id, **CLOSE)
+    claim, tries = bench.journal.claim, []
+
+    def claimed(job_id: str, deliveries: Any) -> Job | None:
+        tries.append(job_id)
+        if len(tries) == 3:
+            raise JournalUnavailable("the disk is full", retry_after_s=1)
+        return claim(job_id, deliveries)
+
+    bench.journal.claim = claimed  # type: ignore[method-assign]
+    bench.start()
+
+    complete(bench, "a", "b", "c")
+    sent = {one.request_id: one.companions for one in bench.link.of(RenderJob)}
+    assert sent == {"a": ("b",), "b": (), "c": ()}
+
+
+def test_a_batch_that_was_under_way_when_the_runner_ended_is_made_by_the_next_job_by_job(
+    bench: Bench,
+) -> None:
+    shared(bench, "a", "b")
+
+    bench.restart()
+
+    complete(bench, "a", "b")
+    assert [bench.journal.get(one).restarts for one in "ab"] == [1, 1]
+    assert [one.companions for one in bench.link.of(RenderJob)[2:]] == [(), ()]

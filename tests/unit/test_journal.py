@@ -37,7 +37,7 @@ from worker.jobs.job import Job, Status
 from worker.jobs.journal import MAX_NESTING, Journal, NewDelivery, Upload
 from worker.jobs.schedule import Waiting
 from worker.jobs.schema import STEPS
-from worker.protocol.messages import WeightedTerm
+from worker.protocol.messages import LoraUse, WeightedTerm
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 REPOSITORY = Path(__file__).parents[2]
@@ -178,6 +178,50 @@ def test_what_waits_has_all_that_its_turn_depends_on(bench: Bench) -> None:
     assert bench.journal.waiting() == [
         Waiting("a", 1, "other", priority=7, created_at=1000.0, not_before=0.0, overtaken=0)
     ]
+
+
+def test_only_sdxl_jobs_of_texts_alone_that_allow_it_have_a_shape_to_share(bench: Bench) -> None:
+    params = request().params
+    film = msgspec.structs.replace(params, mode="image", strength=0.5)
+    styled = msgspec.structs.replace(params, loras=(LoraUse("grain", 0.5),))
+    bench.journal.add(request("close", "1", exactness="close"))
+    bench.journal.add(request("lossy", "2", exactness="lossy"))
+    bench.journal.add(request("bit", "3"))
+    bench.journal.add(request("wan", "4", exactness="close", type="image_fast"))
+    bench.journal.add(request("picture", "5", exactness="close", params=film))
+    bench.journal.add(request("lora", "6", exactness="close", params=styled))
+
+    shapes = {one.id: one.shape for one in bench.journal.waiting()}
+
+    assert shapes == {
+        "close": (64, 64, 4, 5.0, None), "lossy": (64, 64, 4, 5.0, None),
+        "bit": None, "wan": None, "picture": None, "lora": None,
+    }  # fmt: skip
+
+
+def test_shapes_differ_in_all_that_a_batch_has_in_common_and_in_nothing_else(bench: Bench) -> None:
+    params = request().params
+    other = {"width": 72, "height": 72, "steps": 5, "guidance_scale": 6.0, "scheduler": "ddim"}
+    own = {"prompt": "y", "negative_prompt": "z", "seed": 9, "num_images": 3}
+    for name, value in (other | own).items():
+        changed = msgspec.structs.replace(params, **{name: value})
+        bench.journal.add(request(name, name, exactness="close", params=changed))
+
+    waiting = {one.id: one for one in bench.journal.waiting()}
+
+    shapes = {waiting[name].shape for name in other}
+    assert len(shapes | {params.batch_shape}) == len(other) + 1
+    assert {waiting[name].shape for name in own} == {params.batch_shape}
+    assert waiting["num_images"].images == 3
+
+
+def test_a_job_that_was_begun_before_shares_no_batch_when_it_waits_again(bench: Bench) -> None:
+    bench.journal.add(request("a", exactness="close"))
+    bench.begin("a")
+
+    bench.journal.requeue("a", engine_died=True)
+
+    assert [one.shape for one in bench.journal.waiting()] == [None]
 
 
 def test_a_queued_job_knows_how_many_came_before_it(bench: Bench) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from worker.config import REPOSITORY
+from worker.catalog import media_catalog
+from worker.config import REPOSITORY, load_settings
 from worker.errors import WorkerError
 from worker.protocol.messages import Acquire, Declare, Granted, PhaseWays, TenantSpec, Way
 from worker.vram.broker import Broker
 from worker.vram.dryrun import dry_run
 from worker.vram.pace import Paces
-from worker.vram.peak import Question
+from worker.vram.peak import Peak, Question
 from worker.vram.phases import Shape, image_phases, video_phases
+from worker.vram.planner import batch_ways
 from worker.vram.sizes import Peaks
+from worker.vram.ways import PartBytes
 
 GIB = 1 << 30
 
@@ -138,6 +142,30 @@ def test_without_guidance_one_text_is_denoised() -> None:
     for guided, batch in ((True, 2), (False, 1)):
         phases = image_phases(configs, "bfloat16", Shape(64, 64, guided=guided))
         assert phases[1].passes[0].batch == batch
+
+
+def test_a_batch_is_planned_with_the_peak_of_all_its_pictures(tmp_path: Path) -> None:
+    asked: list[Question] = []
+
+    def measured(questions: Sequence[Question]) -> list[Peak]:
+        asked.extend(questions)
+        return [Peak(0, 0, 10 * one.batch) for one in questions]
+
+    configs: Any = {part: {} for part in ("text_encoder", "text_encoder_2", "vae")}
+    configs["unet"] = {"cross_attention_dim": 8}
+    [_, denoise, _] = image_phases(configs, "bfloat16", Shape(64, 64))
+    spec = media_catalog(load_settings("demo", {})).default("sdxl")
+    parts = {"unet": PartBytes(whole=100, streamed=20)}
+
+    made = batch_ways(spec, denoise, parts, Peaks(tmp_path, measured), steps=4, pictures=3)
+
+    assert [one.batch for one in asked] == [6]
+    beside = 3 * denoise.beside_bytes
+    assert [(one.name, one.peak_bytes, one.exactness) for one in made.ways] == [
+        ("whole", 60 + beside, "close"), ("streamed", 60 + beside + 20, "close"),
+    ]  # fmt: skip
+    # The weights come once for all pictures, and no pace is learned from it.
+    assert (made.work, made.pixels) == (4, 0)
 
 
 def test_wans_vae_stays_in_float32() -> None:

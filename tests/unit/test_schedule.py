@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.jobs.decode import PRIORITIES
-from worker.jobs.schedule import AGE_S, MAX_OVERTAKEN, Waiting, next_job
+from worker.jobs.schedule import AGE_S, MAX_OVERTAKEN, Waiting, companions, next_job
 
 LOWEST, HIGHEST = PRIORITIES
 # After so long nothing that comes in goes before the lowest job: one step more than there are.
 RISEN_S = (HIGHEST - LOWEST + 1) * AGE_S
 
 
-def waiting(job_id: str, number: int, model: str = "m", **fields: float) -> Waiting:
+def waiting(job_id: str, number: int, model: str = "m", **fields: object) -> Waiting:
     return Waiting(job_id, number, model, **fields)  # type: ignore[arg-type]
 
 
@@ -313,3 +314,88 @@ def test_the_order_of_the_list_makes_no_difference(arrivals: list[Arrival], chan
         chance.shuffle(shuffled)  # type: ignore[attr-defined]
 
         assert next_job(shuffled, turn.last_model, turn.now) is turn.one
+
+
+# --- sharing a batch -----------------------------------------------------------------------------
+
+
+def sharing(queue: Sequence[Waiting], most_images: int = 6, now: float = 0.0) -> str:
+    """Ids of the jobs that go together first, the leader before the others."""
+    first = next_job(queue, None, now)
+    assert first is not None
+    return "".join(one.id for one in (first, *companions(first, queue, now, most_images)))
+
+
+def test_jobs_of_one_shape_that_would_follow_each_other_go_together() -> None:
+    queue = [waiting(name, number, shape="s") for number, name in enumerate("abc")]
+
+    assert sharing(queue) == "abc"
+
+
+def test_a_job_without_a_shape_goes_alone_and_lets_nobody_past() -> None:
+    first = waiting("a", 1)
+    between = [waiting("a", 1, shape="s"), waiting("b", 2), waiting("c", 3, shape="s")]
+
+    assert sharing([first, waiting("b", 2)]) == "a"
+    assert sharing(between) == "a"
+
+
+def test_jobs_of_other_shapes_and_models_do_not_join() -> None:
+    first = waiting("a", 1, shape="s")
+
+    assert sharing([first, waiting("b", 2, shape="t")]) == "a"
+    assert sharing([first, waiting("b", 2, "n", shape="s")]) == "a"
+
+
+def test_a_batch_has_no_more_pictures_than_a_job_may() -> None:
+    queue = [
+        waiting("a", 1, shape="s", images=3),
+        waiting("b", 2, shape="s", images=2),
+        waiting("c", 3, shape="s", images=2),
+        waiting("d", 4, shape="s", images=1),
+    ]
+
+    assert sharing(queue, 5) == "ab"
+    assert sharing(queue, 6) == "ab"  # nor does d go before c
+    assert sharing(queue, 1) == "a"
+
+
+def test_a_more_urgent_job_is_not_made_to_wait_for_one_that_joins() -> None:
+    urgent = [
+        waiting("a", 1, shape="s", priority=5),
+        waiting("b", 2, shape="s"),
+        waiting("c", 3, shape="t", priority=3),
+    ]
+
+    assert sharing(urgent) == "a"
+
+
+def test_a_job_that_waits_for_its_next_try_does_not_join() -> None:
+    queue = [waiting("a", 1, shape="s"), waiting("b", 2, shape="s", not_before=10.0)]
+
+    assert sharing(queue) == "a"
+    assert sharing(queue, now=10.0) == "ab"
+
+
+@steady
+@given(arrivals, st.integers(1, 8), st.randoms())
+def test_those_that_join_are_those_that_would_run_next(
+    arrivals: list[Arrival], most_images: int, chance: Any
+) -> None:
+    """So sharing changes nobody's place, and no bound on waiting."""
+    for turn in simulate(arrivals):
+        queue = [
+            replace(one, shape=chance.choice("st"), images=chance.choice((1, 2)))
+            for one in turn.queue
+        ]
+        first = next((one for one in queue if one.id == turn.one.id), None)
+        assert first is not None
+        joined = companions(first, queue, turn.now, most_images)
+
+        left, last = begun(queue, first), first.model
+        for one in joined:
+            following = next_job(left, last, turn.now)
+            assert following is not None
+            assert (following.id, following.shape, last) == (one.id, first.shape, one.model)
+            left = begun(left, following)
+        assert not joined or first.images + sum(one.images for one in joined) <= most_images

@@ -36,7 +36,8 @@ from worker.jobs.job import Job, Status
 from worker.jobs.schedule import Waiting
 from worker.jobs.schema import migrate
 from worker.jobs.stored import from_json, to_json
-from worker.protocol.messages import AssetFile
+from worker.jobs.types import JOB_TYPES
+from worker.protocol.messages import AssetFile, RenderParams
 from worker.storage.deliver import Delivery
 
 log = logging.getLogger(__name__)
@@ -242,12 +243,17 @@ class Journal:
         """Queued jobs, oldest first."""
         rows = self._all(
             "SELECT id, number, model, priority, created_at, not_before, overtaken, "
-            "coalesce(json_array_length(request, '$.request.references'), 0) > 0 AS has_references "
+            "coalesce(json_array_length(request, '$.request.references'), 0) > 0 "
+            "AS has_references, "
+            "coalesce(json_extract(request, '$.request.params.num_images'), 1) AS images, "
+            # Only these may share a batch. One that was begun before has a checkpoint, or has ended
+            # its engine and is to end no other job again.
+            "CASE WHEN starts = 0 AND json_extract(request, '$.request.exactness') <> 'bit' "
+            "THEN json_extract(request, '$.request.type') END AS type, "
+            "json_extract(request, '$.request.params') AS params "
             "FROM jobs WHERE status = 'queued' ORDER BY number"
         )
-        return [
-            Waiting(**dict(row) | {"has_references": bool(row["has_references"])}) for row in rows
-        ]
+        return [_waiting(**dict(row)) for row in rows]
 
     def of_source(self, source: str, *statuses: Status) -> list[Job]:
         """Jobs of one list in these states, oldest first."""
@@ -764,6 +770,17 @@ def _request(row: sqlite3.Row) -> JobRequest | None:
     except WorkerError as exc:  # one such job must not keep all others from being read
         log.error("job %s: %s", row["id"], exc)
         return None
+
+
+def _waiting(*, type: str | None, params: str | None, has_references: int, **row: Any) -> Waiting:
+    """type: of a job that allows what sharing a batch changes; None: of any other."""
+    shape: object = None
+    if type in JOB_TYPES and JOB_TYPES[type].kind == "sdxl" and params is not None:
+        try:
+            shape = msgspec.json.decode(params, type=RenderParams).batch_shape
+        except msgspec.DecodeError:  # of another version: it fails when its turn comes
+            shape = None
+    return Waiting(**row, has_references=bool(has_references), shape=shape)
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -1,9 +1,9 @@
 """Takes queued jobs, has them made, and writes down what became of them.
 
 A job is made in steps, each of which may be cut short by a crash and is then done again: fetch its
-pictures, let the engine render it, publish its files, write it down. One job is rendered at a time;
-while its files are encoded the next one begins, and pictures of those to come are fetched
-meanwhile.
+pictures, let the engine render it, publish its files, write it down. One job is rendered at a time,
+or several that share a batch; while files are encoded the next one begins, and pictures of those to
+come are fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from worker.jobs.job import Job, Status
 from worker.jobs.journal import Journal, NewDelivery, Upload
 from worker.jobs.pictures import Wanted
 from worker.jobs.results import Results
-from worker.jobs.schedule import next_job
+from worker.jobs.schedule import Waiting, companions, next_job
 from worker.log import request_scope
 from worker.protocol.link import Link, Mailbox
 from worker.protocol.messages import (
@@ -99,6 +99,9 @@ class _Run:
         self.stage = "fetching"  # fetching | ready | rendering | saving
         self.cancelled = False
         self.has_company = False  # another one was rendered while its files were written
+        self.companions: list[_Run] = []  # that share its batch, if they are there in time
+        self.leader: _Run | None = None  # whose batch it shares; None once that is not to be
+        self.was_sent = threading.Event()  # to the engine, or never will be
 
 
 class JobRunner:
@@ -122,10 +125,12 @@ class JobRunner:
         places: Places,
         keep_finished: int,
         keep_bytes: int,
+        batch_images: int = 1,
         clock: Callable[[], float] = time.time,
     ):
         """link: to the media engine. folder: for what jobs need while they are made, one folder
-        each. keep_finished, keep_bytes: of ended jobs; the oldest above either go.
+        each. keep_finished, keep_bytes: of ended jobs; the oldest above either go. batch_images: of
+        all jobs that share a batch, at most.
         """
         self._journal = journal
         self._board = board
@@ -138,6 +143,7 @@ class JobRunner:
         self._places = places
         self._keep_finished = keep_finished
         self._keep_bytes = keep_bytes
+        self._batch_images = batch_images
         self._clock = clock
         self._lock = threading.Lock()
         self._files = threading.Lock()  # a file may not be removed while it gets a second owner
@@ -239,21 +245,48 @@ class JobRunner:
         has_references = request is not None and bool(request.references)
         if not has_references and {"ready", "rendering"} & set(stages.values()):
             return False
-        job = self._journal.claim(waiting.id, lambda job: self._tell(job, "processing"))
-        if job is None:
+        run = self._claimed(waiting.id)
+        if run is None:
             return True
-        run = _Run(job)
-        if request is None or not request.references:
-            run.stage = "ready"
-        with self._lock:
-            self._runs[job.id] = run
         self._last_model = waiting.model
+        begun = [run]
+        if "fetching" not in stages.values():  # whose turn came before theirs
+            begun += self._claimed_companions(run, waiting, queued)
+        with self._lock:
+            self._runs |= {one.job.id: one for one in begun}
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(
-            threading.Thread(target=self._do, args=(run,), name=f"job {job.id}", daemon=True)
-        )
-        self._threads[-1].start()
+        for one in begun:
+            thread = threading.Thread(
+                target=self._do, args=(one,), name=f"job {one.job.id}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
         return True
+
+    def _claimed(self, job_id: str) -> _Run | None:
+        """A job that begins; None when it is no longer queued."""
+        job = self._journal.claim(job_id, lambda job: self._tell(job, "processing"))
+        if job is None:
+            return None
+        run = _Run(job)
+        if job.request is None or not job.request.references:
+            run.stage = "ready"
+        return run
+
+    def _claimed_companions(
+        self, leader: _Run, its: Waiting, queued: Sequence[Waiting]
+    ) -> list[_Run]:
+        """The jobs that begin with another one, to share its batch."""
+        try:
+            for one in companions(its, queued, self._clock(), self._batch_images):
+                run = self._claimed(one.id)
+                if run is None:  # what comes behind it has another turn now
+                    break
+                run.leader = leader
+                leader.companions.append(run)
+        except JournalUnavailable as exc:  # those that were claimed begin
+            log.error("%s", exc)
+        return leader.companions[:]
 
     def _forget_old(self) -> None:
         now = time.monotonic()
@@ -283,6 +316,9 @@ class JobRunner:
             finally:
                 with self._lock:
                     del self._runs[job.id]
+                    for one in run.companions:
+                        one.leader = None
+                run.was_sent.set()
                 self._board.take(JobNews(request_id=job.id, phase=None))
                 self._bell.ring()
 
@@ -321,12 +357,18 @@ class JobRunner:
             error = "cancelled before it was rendered"
             self._surely(lambda: self._end(job, Status.CANCELLED, error, Cancelled.code))
             return
+        leader = run.leader
+        if leader is not None:  # the engine looks for this one behind it
+            leader.was_sent.wait()
         mailbox = self._submit(run, references, folder)
+        run.was_sent.set()
         try:
             event = self._follow(run, mailbox, until_save=True)
             if not isinstance(event, Failed):  # which may begin anew, before any other
                 with self._lock:
                     run.stage = "saving"
+                    if any(one.stage == "rendering" for one in self._runs.values()):
+                        run.has_company = True
                 self._bell.ring()
             if event is None:
                 event = self._follow(run, mailbox, until_save=False)
@@ -340,17 +382,21 @@ class JobRunner:
 
     def _wait_for_engine(self, run: _Run) -> bool:
         """Whether the engine is this run's now; the one before lets go of it when it saves. Those
-        that wait for it get it in the order in which they began."""
+        that wait for it get it in the order in which they began, companions with their leader."""
         seen = 0
         while not self._stopping:
             with self._lock:
+                if run.stage == "rendering":  # its leader took it along
+                    return True
                 if run.cancelled:
                     return False
                 run.stage = "ready"
                 if not self._taking:
                     break
                 if self._is_next(run):
-                    run.stage = "rendering"
+                    run.companions = [one for one in run.companions if not one.cancelled]
+                    for one in (run, *run.companions):
+                        one.stage = "rendering"
                     for other in self._runs.values():
                         other.has_company = other.has_company or other.stage == "saving"
                     return True
@@ -363,7 +409,10 @@ class JobRunner:
         """Under the lock."""
         if any(one.stage == "rendering" for one in self._runs.values()):
             return False
-        return run is next(one for one in self._runs.values() if one.stage == "ready")
+        if run.leader is not None:
+            return False
+        waiting = (one for one in self._runs.values() if one.leader is None)
+        return run is next(one for one in waiting if one.stage == "ready")
 
     def _references(self, run: _Run, folder: Path) -> tuple[Reference, ...]:
         """The job's pictures; those that an earlier start has fetched are not fetched again,
@@ -419,6 +468,7 @@ class JobRunner:
                 next_model=self._following_model(run, request.model),
                 references=references,
                 checkpoint=str(folder / "checkpoint"),
+                companions=tuple(one.job.id for one in run.companions),
             )
         )
 

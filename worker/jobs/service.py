@@ -116,6 +116,7 @@ class RunnerService:
             places=tellers.places,
             keep_finished=settings.media.keep_finished,
             keep_bytes=settings.media.keep_bytes,
+            batch_images=settings.limits.images,
         )
         self._uploader = (
             Uploader(self._journal, self._bell, self._results, store, tellers.tell)

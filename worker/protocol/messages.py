@@ -14,7 +14,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 5
+VERSION = 6
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -236,6 +236,14 @@ class RenderParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.guidance_scale > 1
 
     @property
+    def batch_shape(self) -> tuple[object, ...] | None:
+        """Pictures of one SDXL model whose shapes are equal can be denoised in one batch; None:
+        these cannot, because they begin from something of their own."""
+        if self.mode != "text" or self.loras or self.frames > 1:
+            return None
+        return self.width, self.height, self.steps, self.guidance_scale, self.scheduler
+
+    @property
     def nominal_steps(self) -> int:
         """Steps of the whole schedule, of which a job that begins from a picture runs the last
         ones: as many as are asked for, or the least that leave it one to run."""
@@ -277,6 +285,9 @@ class RenderJob(Message, frozen=True, kw_only=True):
     # The file of the job's checkpoint: written while it is denoised, and where it goes on from if
     # it is there. None: none is kept.
     checkpoint: str | None = None
+    # Jobs, by request_id, that follow at once from the same sender and are to share this one's
+    # batch. Each of them is answered by itself.
+    companions: tuple[str, ...] = ()
 
 
 class Progress(Message, frozen=True, kw_only=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from worker.catalog import ModelSpec
-from worker.protocol.messages import PhaseWays, RenderParams, TenantSpec
+from worker.protocol.messages import PhaseWays, RenderParams, TenantSpec, Way
 from worker.vram.peak import Question
 from worker.vram.phases import (
     BLOCK_TOKENS,
@@ -124,6 +124,47 @@ def phase_ways(
         model=spec.id,
         pixels=1 if phase.name == "encode" else shape.pixels,  # a text has no size
         work=passes,
+    )
+
+
+def batch_ways(
+    spec: ModelSpec,
+    phase: Phase,
+    parts: Mapping[str, PartBytes],
+    peaks: Peaks,
+    *,
+    steps: int,
+    pictures: int,
+) -> PhaseWays:
+    """The ways of denoising so many pictures of SDXL in one batch. phase: the denoising of one of
+    them, without adapters. Sums over a larger batch may round otherwise, so no way is `bit`."""
+    whole = replace(
+        phase,
+        passes=tuple(replace(one, batch=one.batch * pictures) for one in phase.passes),
+        beside_bytes=phase.beside_bytes * pictures,
+    )
+    rungs = ways(
+        spec.id,
+        {part: parts[part] for part in phase.parts},
+        peaks.of_phase(whole),
+        passes=steps,
+    )
+    close = tuple(
+        Way(
+            name=one.name,
+            tenants=one.tenants,
+            peak_bytes=one.peak_bytes,
+            longer_s=one.longer_s,
+            exactness="close",
+        )
+        for one in rungs
+    )
+    return PhaseWays(
+        name=phase.name,
+        ways=close,
+        model=spec.id,
+        pixels=0,  # what a batch takes says nothing of a picture alone
+        work=steps,
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -50,19 +50,31 @@ class Snapshot:
 
     step: int  # that is done; from 1
     latents: torch.Tensor
-    generator: torch.Tensor  # state of the CPU generator, uint8
+    generator: torch.Tensor  # state of the CPU generator, uint8; of a batch, one row for each
     # Attributes of the scheduler: None, numbers, texts, lists and tuples of them, and Kept.
     scheduler: dict[str, Any]
     made_by: str  # of which scheduler with which config
 
+    def of_rows(self, rows: Sequence[int]) -> Snapshot:
+        """Of a batch: the same of these pictures alone, in this order."""
+        shape = self.latents.shape
+        return replace(
+            self,
+            latents=self.latents[[*rows]],
+            generator=self.generator[[*rows]],
+            scheduler={name: _rows(one, shape, rows) for name, one in self.scheduler.items()},
+        )
+
 
 class Course:
-    """One denoising of one picture or video. Engine thread only."""
+    """One denoising of one picture or video, or of a batch of pictures. Engine thread only."""
 
-    def __init__(self, seed: int, on_step: OnStep, begin: Snapshot | None = None):
-        """seed: of the CPU generator that every random number comes from. begin: where it goes on;
-        nobody is told of the steps up to there."""
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+    def __init__(self, seed: int | Sequence[int], on_step: OnStep, begin: Snapshot | None = None):
+        """seed: of the CPU generator that every random number comes from; of a batch, one for each
+        picture. begin: where it goes on; nobody is told of the steps up to there."""
+        self._is_batch = not isinstance(seed, int)
+        seeds = [seed] if isinstance(seed, int) else seed
+        self._generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         self._on_step = on_step
         self._begin = begin
         self._scheduler: Any = None
@@ -98,7 +110,8 @@ class Course:
             if begin is not None:
                 idling.enter_context(_idle(denoiser))
             try:
-                yield {"generator": self.generator, "callback_on_step_end": step_done}
+                generator = self._generators if self._is_batch else self._generators[0]
+                yield {"generator": generator, "callback_on_step_end": step_done}
                 if begin is not None:
                     raise CheckpointRefused("of a longer schedule")
             finally:
@@ -119,10 +132,11 @@ class Course:
             }
         except _Unkeepable:
             return None
+        states = [one.get_state() for one in self._generators]
         return Snapshot(
             step=last.done,
             latents=_copied(last.latents),
-            generator=self.generator.get_state(),
+            generator=torch.stack(states) if self._is_batch else states[0],
             scheduler=state,
             made_by=_kind(self._scheduler),
         )
@@ -149,7 +163,9 @@ class Course:
         vars(self._scheduler).update(
             {name: _given_back(value, latents.device) for name, value in begin.scheduler.items()}
         )
-        self.generator.set_state(begin.generator)
+        states = begin.generator if self._is_batch else begin.generator.unsqueeze(0)
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state.clone())  # torch crashes on a row that begins elsewhere
         return _copied(begin.latents, latents.device)
 
     def _watched(self, step: Callable[..., Any], idle: Callable[[], bool]) -> Callable[..., Any]:
@@ -254,6 +270,18 @@ def _kept(value: Any, device: torch.device) -> Any:
         case None | bool() | int() | float() | str():
             return value
     raise _Unkeepable
+
+
+def _rows(value: Any, shape: torch.Size, rows: Sequence[int]) -> Any:
+    """Of a value of a snapshot's scheduler: what belongs to these rows of a batch of `shape`."""
+    match value:
+        case Kept() if value.tensor.shape == shape:
+            return Kept(value.tensor[[*rows]], value.on_device)
+        case list():
+            return [_rows(one, shape, rows) for one in value]
+        case tuple():
+            return tuple(_rows(one, shape, rows) for one in value)
+    return value
 
 
 def _given_back(value: Any, device: torch.device) -> Any:

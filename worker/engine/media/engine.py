@@ -1,4 +1,4 @@
-"""The media engine: takes jobs, renders one at a time, answers them in their order.
+"""The media engine: takes jobs, renders one or one batch at a time, answers them in their order.
 
 How a job is rendered is in worker/engine/media/rendering.py. Its files are written beside the next
 job, by worker/engine/media/saver.py.
@@ -11,7 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,10 +23,11 @@ from worker.engine.device import translated
 from worker.engine.host import Outbox, Report, Ticket
 from worker.engine.leases import Leases
 from worker.engine.media.checkpoints import EVERY_S, configs_sha256
-from worker.engine.media.embeddings import EmbeddingCache
+from worker.engine.media.embeddings import EmbeddingCache, Tensors
 from worker.engine.media.previews import Previews
 from worker.engine.media.progress import Track
-from worker.engine.media.rendering import WAIT_S, Made, Renderer, Run
+from worker.engine.media.rendering import WAIT_S, Made, Renderer
+from worker.engine.media.run import Run
 from worker.engine.media.saver import Saver, Work, save_files
 from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
@@ -44,6 +47,8 @@ from worker.vram.sizes import Peaks
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class _Took:
@@ -58,6 +63,9 @@ class _Took:
 
 # That files may still be written after the last step; the supervisor kills after 10 s.
 SAVE_S = 8.0
+# That a job waits for those that are to share its batch. They are sent right behind it; one that
+# does not come is not missed, and is rendered alone if it comes later.
+JOIN_S = 1.0
 
 
 class MediaEngine:
@@ -94,15 +102,16 @@ class MediaEngine:
         )
         self._renderer = Renderer(
             device, outbox, leases, peaks, self._models, self._embeddings,
-            Previews(state_dir / "previews"), lambda: self._cancelled, clock,
+            Previews(state_dir / "previews"), clock,
         )  # fmt: skip
         self._saver = Saver(outbox)
         self._paces = Paces()  # of decoding and saving
         self._took: deque[_Took] = deque()  # not learned yet; the saver's thread appends
         self._preload = deque(preload)
         self._waiting: deque[tuple[Ticket, Message]] = deque()
-        self._running: Ticket | None = None
-        self._cancelled = False  # the running job's
+        self._running: list[Ticket] = []  # one, or those of a batch that are not answered yet
+        self._cancelled: set[Ticket] = set()  # of these
+        self._batches_given_up = 0
         self._jobs_rendered = 0
 
     # --- what the host calls -------------------------------------------------------------------
@@ -115,8 +124,8 @@ class MediaEngine:
     def cancel(self, ticket: Ticket) -> None:
         """Stop a job: a waiting one now, the running one after its current step, one whose files
         are written after the current file."""
-        if ticket == self._running:
-            self._cancelled = True
+        if ticket in self._running:
+            self._cancelled.add(ticket)
             return
         if self._saver.cancel(ticket):
             return
@@ -138,11 +147,12 @@ class MediaEngine:
         return self._models.report(
             more_to_load=bool(self._preload),
             # What is still being saved is drained for, too.
-            active=int(self._running is not None) + self._saver.jobs,
+            active=len(self._running) + self._saver.jobs,
             waiting=len(self._waiting),
             counters={
                 "jobs_rendered": self._jobs_rendered,
                 **self._renderer.counters,
+                "batches_given_up": self._batches_given_up,
                 "embeddings_found": self._embeddings.hits,
                 "embeddings_computed": self._embeddings.misses,
             },
@@ -172,11 +182,12 @@ class MediaEngine:
         return True
 
     def _do(self, ticket: Ticket, message: Message) -> None:
-        self._running, self._cancelled = ticket, False
+        self._running = [ticket]
+        self._cancelled.clear()
         self._outbox.publish(self.report())
         match message:
             case RenderJob():
-                self._do_job(ticket, message)
+                self._do_jobs([(ticket, message), *self._companions(ticket, message)])
             case LoadModel():
                 answer(self._outbox, ticket, lambda: self._models.load_for(message))
             case UnloadModel():
@@ -185,39 +196,110 @@ class MediaEngine:
                 log.error("the media engine does not take %s", type(message).__name__)
                 error = InvalidRequest("the media engine does not take this message")
                 self._outbox.send(ticket, failed(ticket.request_id, error))
-        self._running = None
+        self._running = []
 
-    def _do_job(self, ticket: Ticket, job: RenderJob) -> None:
-        """Render it, and leave the answer to the saver, so that jobs are answered in their order.
-        One that was cancelled is told at once."""
+    def _companions(self, ticket: Ticket, job: RenderJob) -> list[tuple[Ticket, RenderJob]]:
+        """The jobs that are to share a job's batch, as far as they have come."""
+        wanted = [Ticket(ticket.peer, one) for one in job.companions]
+        until = self._clock() + JOIN_S
+        while not {one for one, _ in self._waiting} >= {*wanted} and self._clock() < until:
+            self._outbox.wait(WAIT_S)
+        found = [
+            (its, message)
+            for its, message in self._waiting
+            if its in wanted and isinstance(message, RenderJob) and message.model == job.model
+        ]
+        for entry in found:
+            self._waiting.remove(entry)
+        return sorted(found, key=lambda entry: wanted.index(entry[0]))
+
+    def _do_jobs(self, jobs: Sequence[tuple[Ticket, RenderJob]]) -> None:
+        """Render one job, or several of which those that can share the first one's batch; and leave
+        the answers to the saver, so that jobs are answered in their order."""
+        self._running = [ticket for ticket, _ in jobs]
+        runs = [
+            run
+            for ticket, job in jobs
+            if (run := self._tried(ticket, partial(self._begun, ticket, job))) is not None
+        ]
+        if len(runs) > 1:
+            self._share(runs)
+        for run in runs:
+            if run.ticket not in self._running:  # it has ended
+                continue
+            work = self._tried(run.ticket, partial(self._rendered, run))
+            if work is not None:
+                self._saver.give(run.ticket, work)
+                self._running.remove(run.ticket)
+
+    def _tried(self, ticket: Ticket, work: Callable[[], T]) -> T | None:
+        """What `work` for a job returns. None where it fails, and the job is answered then: at once
+        where it was cancelled, else in its order."""
         try:
             with request_scope(ticket.request_id), translated():
-                self._saver.give(ticket, self._rendered(ticket, job))
+                return work()
         except WorkerError as exc:
             if exc.status >= 500:
                 with request_scope(ticket.request_id):
                     log.error("%s", exc)
             error = failed(ticket.request_id, exc)
-            if isinstance(exc, Cancelled):
-                self._outbox.send(ticket, error)
-            else:
-                self._saver.give(ticket, lambda _: error)
+        self._running.remove(ticket)
+        if error.code == Cancelled.code:
+            self._outbox.send(ticket, error)
+        else:
+            self._saver.give(ticket, lambda _: error)
+        return None
 
-    def _rendered(self, ticket: Ticket, job: RenderJob) -> Work:
-        """Make a job's pictures. Returns what makes its files and its answer of them."""
+    def _begun(self, ticket: Ticket, job: RenderJob) -> Run:
         track = Track(self._outbox, ticket, job, self._paces, self._clock)
         track.phase("load")
         model = self._models.ensure(job.model)
-        spec = self._models.spec(job.model)
-        run = Run(job, spec, model, self._configs[job.model], track)
+        spec, configs = self._models.spec(job.model), self._configs[job.model]
+        return Run(ticket, job, spec, model, configs, track, lambda: ticket in self._cancelled)
+
+    def _share(self, runs: Sequence[Run]) -> None:
+        """Denoise in one batch what can be; what fails for all of them is tried for each alone, so
+        that the one at fault fails alone."""
+
+        def prepared(run: Run) -> Tensors:
+            if run.is_cancelled():
+                raise Cancelled("the job was cancelled before it began")
+            self._renderer.prepare(run)
+            texts = self._renderer.read(run)
+            run.track.phase("wait")  # for the others' texts
+            return texts
+
+        sharing = [
+            run
+            for run in runs
+            if can_share(runs[0], run)
+            and self._tried(run.ticket, partial(prepared, run)) is not None
+        ]
+        if len(sharing) < 2:
+            return
+        try:
+            with request_scope(sharing[0].ticket.request_id), translated():
+                self._renderer.denoise_together(sharing, self._leave)
+        except WorkerError as exc:
+            log.error("a batch of %d jobs failed, each is rendered alone: %s", len(sharing), exc)
+            self._batches_given_up += 1
+
+    def _leave(self, run: Run) -> None:
+        """A job of a batch was cancelled; the others go on."""
+        self._running.remove(run.ticket)
+        self._outbox.send(run.ticket, failed(run.ticket.request_id, run.ended))
+
+    def _rendered(self, run: Run) -> Work:
+        """Make a job's pictures. Returns what makes its files and its answer of them."""
+        job, track = run.job, run.track
         made = self._renderer.render(run, self.checkpoint_every_s)
         track.phase("save")
         while self._saver.is_full:
             self._outbox.wait(WAIT_S)
-            if self._cancelled:
+            if run.is_cancelled():
                 raise Cancelled("the job was cancelled before its files were written")
         self._took.append(self._time_of(job, track, "decode", track.seconds["decode"]))
-        return self._saving(job, spec, made, track)
+        return self._saving(job, run.spec, made, track)
 
     def _saving(self, job: RenderJob, spec: ModelSpec, made: Made, track: Track) -> Work:
         """What the saver's thread does for a job; it has the job's track from then on."""
@@ -253,3 +335,15 @@ class MediaEngine:
         if spec.kind == "wan":
             return Wan(spec, self._device, self._state_dir, self._leases)
         return Sdxl(spec, self._device, self._state_dir, self._leases, self._long_prompts)
+
+
+def can_share(first: Run, run: Run) -> bool:
+    """Whether a job allows, as the first one does, what sharing its batch changes."""
+    shape = first.job.params.batch_shape
+    return (
+        "bit" not in (first.job.exactness, run.job.exactness)
+        and isinstance(run.model, Sdxl)
+        and run.model is first.model
+        and shape is not None
+        and run.job.params.batch_shape == shape
+    )

@@ -48,6 +48,7 @@ class Track:
         self._phase: str | None = None
         self._since = clock()
         self._stepped_at: float | None = None
+        self._at_once = 1  # pictures that a step is one of
         self._step_s: deque[float] = deque(maxlen=KEPT_STEPS)
 
     @property
@@ -63,10 +64,11 @@ class Track:
             self._stepped_at = None  # whatever comes between two phases is no part of a step
             self._tell()
 
-    def denoises(self, image: int, step: int = 0) -> None:
-        """The denoising of an image begins, or goes on after `step` of it."""
-        before, self.image = self.done, image
-        self.done = image * self._job.params.passes + step
+    def denoises(self, image: int, step: int = 0, *, at_once: int = 1) -> None:
+        """The denoising of an image begins, or goes on after `step` of it. at_once: images from
+        that one on that go step by step together."""
+        before, self.image, self._at_once = self.done, image, at_once
+        self.done = image * self._job.params.passes + step * at_once
         self._stepped_at = self._clock()
         if self.done != before:
             self._tell()
@@ -75,9 +77,9 @@ class Track:
         """Step `step` of the current image is done."""
         now = self._clock()
         if self._stepped_at is not None:
-            self._step_s.append(now - self._stepped_at)
+            self._step_s.append((now - self._stepped_at) / self._at_once)
         self._stepped_at = now
-        self.done = self.image * self._job.params.passes + step
+        self.done = self.image * self._job.params.passes + step * self._at_once
         self._tell(preview)
 
     def end(self) -> None:

@@ -1,16 +1,17 @@
-"""One job, phase by phase: its pictures are made here, and what its receipt says of them.
+"""A job, phase by phase: its pictures are made here, and what its receipt says of them.
 
 Each phase computes with other parts of the model and asks for a lease of what it takes; what no
 lease keeps on the device may be asked back meanwhile, and a denoising may be asked to pause.
 Cancellation and new messages are taken after every denoise step and while a lease is waited for.
+Several jobs that allow it are denoised in one batch; all else each of them does by itself.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,23 +19,24 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from worker.catalog import ModelSpec
 from worker.engine.device import release_cache
 from worker.engine.host import Outbox
 from worker.engine.leases import Leases, Question
 from worker.engine.media.ahead import Ahead
+from worker.engine.media.batch import Batch, text_shapes
 from worker.engine.media.checkpoints import Keeper, job_fingerprint
 from worker.engine.media.denoising import Denoising, Paused
 from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on
 from worker.engine.media.previews import Glimpses, Previews
-from worker.engine.media.progress import Track
+from worker.engine.media.run import Run
 from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
 from worker.engine.residents import Residents
 from worker.errors import Cancelled, OutOfDeviceMemory
-from worker.protocol.messages import RenderJob
+from worker.protocol.messages import PhaseWays
 from worker.receipt import text_sha256
-from worker.vram.planner import phase_ways, shape_of
+from worker.vram.phases import Phase
+from worker.vram.planner import batch_ways, phase_ways, shape_of
 from worker.vram.sizes import Peaks
 from worker.vram.ways import EXACTNESS
 
@@ -43,29 +45,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 WAIT_S = 0.25  # how long a lease is waited for before a look at what else has arrived
 MAX_CLIMBS = 4  # ways that a phase tries after the device ran out of memory
-
-
-@dataclass(slots=True)
-class Run:
-    """A job while it is rendered. Engine thread only."""
-
-    job: RenderJob
-    spec: ModelSpec
-    model: Sdxl | Wan
-    configs: str  # names the model's configs, as they were loaded
-    track: Track
-    given: Any = None  # what the job brings with it; None where it brings nothing
-    taken: list[dict[str, Any]] = field(default_factory=list)  # what was done, by phase
-
-    @property
-    def more(self) -> dict[str, Any]:
-        return {} if self.given is None else {"given": self.given}
-
-    @property
-    def vae(self) -> tuple[Any, str]:
-        """The VAE and the hash of its weights."""
-        components = self.model.components
-        return self.model.parts["vae"].module, components.get("vae") or components["checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +56,7 @@ class Made:
 
 
 class Renderer:
-    """Makes pictures, one job at a time. Engine thread only."""
+    """Makes pictures, one job or one batch at a time. Engine thread only."""
 
     def __init__(
         self,
@@ -88,11 +67,10 @@ class Renderer:
         models: Residents[Sdxl | Wan],
         embeddings: EmbeddingCache,
         previews: Previews,
-        is_cancelled: Callable[[], bool],
         clock: Callable[[], float],
     ):
-        """is_cancelled: whether the job that is rendered is to end."""
-        self.counters = Counter(dict.fromkeys(("denoise_steps", "pauses", "jobs_resumed"), 0))
+        names = ("denoise_steps", "pauses", "jobs_resumed", "jobs_in_batches")
+        self.counters = Counter(dict.fromkeys(names, 0))
         self._device = device
         self._outbox = outbox
         self._leases = leases
@@ -101,30 +79,92 @@ class Renderer:
         self._models = models
         self._embeddings = embeddings
         self._previews = previews
-        self._is_cancelled = is_cancelled
         self._clock = clock
 
-    def render(self, run: Run, checkpoint_every_s: float) -> Made:
-        """Raises Cancelled, and what the phases raise."""
+    def prepare(self, run: Run) -> None:
+        """Look whether the job can be done, and make ready what it brings with it. Touches no
+        device; raises what `check` and `given` of the model raise."""
         job, model, params = run.job, run.model, run.job.params
         model.check(params)
         counts = model.token_counts(params.prompt)
         if params.negative_prompt is not None:
             model.token_counts(params.negative_prompt)
         run.given = model.given(params, job.references)
-        keeper = self._keeper(run, checkpoint_every_s)
-        glimpses = Glimpses(self._previews.of(*run.vae), self._clock)
-        denoising = Denoising(model, params, run.more, run.track, keeper, glimpses)
-        self.counters["jobs_resumed"] += denoising.resumed_from > 0
-        found = None if denoising.is_over else self._denoised(run, denoising)
-        pictures = self._decoded(run, denoising.take())
+        run.counts = counts
+
+    def read(self, run: Run) -> Tensors:
+        """What the denoiser reads of the texts of a prepared job."""
+        model, params = run.model, run.job.params
+        if run.texts is None:
+            run.texts, run.embeddings = model.known_texts(params, self._embeddings), "found"
+        if run.texts is None:
+            run.texts, run.embeddings = (
+                self._phase(
+                    "encode", run, lambda _: model.encode(params, self._embeddings, **run.more)
+                ),
+                "computed",
+            )
+        return run.texts
+
+    def denoise_together(self, runs: Sequence[Run], leave: Callable[[Run], None]) -> None:
+        """Denoise in one batch what prepared jobs make whose texts are read. Those that it made
+        have latents then; the others, whose texts have another shape or for which there is no room
+        together, are left as they were, to be rendered alone.
+
+        runs: of one model and batch shape, all of which allow it. leave: is given each job that is
+        cancelled meanwhile.
+        """
+        first = runs[0]
+        fitting = [run for run in runs if text_shapes(run) == text_shapes(first)]
+        if len(fitting) < 2:
+            return
+        batch = Batch(fitting, self._glimpses, leave)
+        shared = {"jobs": len(fitting), "images": batch.images}
+        params, phase = first.job.params, first.model.phases(first.job.params)["denoise"]
+        asked = batch_ways(
+            first.spec, phase, first.model.parts.sizes(), self._peaks,
+            steps=params.passes, pictures=batch.images,
+        )  # fmt: skip
+
+        def denoise(lease: Question) -> None:
+            for run in batch.runs[1:]:  # it is their lease, too
+                self._leases.also(lease, run.job.request_id)
+            self._look_ahead(first)
+            try:
+                batch.run(lambda: lease.wanted_back, self._step_done, self._ahead.bring)
+            finally:
+                self._ahead.forget()
+
+        try:
+            batch.let_go()
+            self._in_some_way(
+                batch.runs, phase, asked, denoise, lambda: batch.share_left, batch.let_go
+            )
+        except Cancelled:  # all of them
+            return
+        except OutOfDeviceMemory as exc:
+            log.warning("%d jobs are denoised alone, not together: %s", len(batch.runs), exc)
+            return
+        for run in batch.runs:
+            run.batch = shared
+            run.track.phase("wait")  # for the others' decode
+        self.counters["jobs_in_batches"] += len(batch.runs)
+
+    def render(self, run: Run, checkpoint_every_s: float) -> Made:
+        """Make what is still to be made of a job. Raises Cancelled, and what the phases raise."""
+        job, model, params = run.job, run.model, run.job.params
+        if run.counts is None:
+            self.prepare(run)
+        if run.latents is None:
+            self._denoise_alone(run, checkpoint_every_s)
+        pictures = self._decoded(run)
         receipt = {
             "model": job.model,
             "components": model.components,
             "prompt_sha256": text_sha256(params.prompt),
-            "prompt_tokens": counts,
+            "prompt_tokens": run.counts,
             "parameters": msgspec.to_builtins(params),
-            "scheduler_class": denoising.scheduler_class,
+            "scheduler_class": run.scheduler_class,
             # Without guidance the pipeline computes no second pass, so nothing reads this text.
             "negative_prompt_used": params.negative_prompt is not None and params.guided,
             "device": str(self._device),
@@ -133,47 +173,49 @@ class Renderer:
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
             "exactness": max((one["exactness"] for one in run.taken), key=EXACTNESS.index),
             "plan": run.taken,
-            "embeddings": found,
+            "embeddings": run.embeddings,
             "paused": sum(one.get("paused", 0) for one in run.taken),
             **(run.given.receipt if run.given is not None else {}),
+            **run.told,
+            **({"batch": run.batch} if run.batch is not None else {}),
         }
-        if job.checkpoint is not None:
-            resumed_from = denoising.resumed_from
-            receipt |= {
-                "resumed_from": resumed_from,
-                "checkpoint": f"refused: {keeper.refused}"
-                if keeper.refused
-                else "resumed"
-                if resumed_from
-                else "none",
-                "checkpoints_written": keeper.written,
-            }
         return Made(pictures, receipt)
 
     # --- phases ----------------------------------------------------------------------------------
 
-    def _denoised(self, run: Run, denoising: Denoising) -> str:
-        """All phases up to the latents. Returns where the embeddings of the texts are from."""
+    def _denoise_alone(self, run: Run, checkpoint_every_s: float) -> None:
+        keeper = self._keeper(run, checkpoint_every_s)
+        denoising = Denoising(
+            run.model, run.job.params, run.more, run.track, keeper, self._glimpses(run)
+        )
+        self.counters["jobs_resumed"] += denoising.resumed_from > 0
+        if not denoising.is_over:
+            self._denoised(run, denoising)
+        run.latents, run.scheduler_class = denoising.take(), denoising.scheduler_class
+        if run.job.checkpoint is not None:
+            run.told = {
+                "resumed_from": denoising.resumed_from,
+                "checkpoint": f"refused: {keeper.refused}"
+                if keeper.refused
+                else "resumed"
+                if denoising.resumed_from
+                else "none",
+                "checkpoints_written": keeper.written,
+            }
+
+    def _denoised(self, run: Run, denoising: Denoising) -> None:
+        """All phases up to the latents."""
         model, params = run.model, run.job.params
         phases = model.phases(params)
         if "picture" in phases:
             assert isinstance(model, Sdxl)
             self._phase("picture", run, lambda _: model.see(params, run.given))
-        known = model.known_texts(params, self._embeddings)
-        texts: Tensors = (
-            known
-            if known is not None
-            else self._phase(
-                "encode", run, lambda _: model.encode(params, self._embeddings, **run.more)
-            )
-        )
+        texts = self.read(run)
 
         def listen() -> None:
-            self.counters["denoise_steps"] += 1
-            self._outbox.poll()
-            if self._is_cancelled():
-                done, steps = run.track.done, run.track.steps
-                raise Cancelled(f"the job was cancelled after step {done} of {steps}")
+            self._step_done()
+            if run.is_cancelled():
+                raise run.ended
 
         def denoise(lease: Question) -> None:
             self._look_ahead(run)
@@ -187,10 +229,15 @@ class Renderer:
             self._phase("denoise", run, denoise, lambda: denoising.share_left)
         else:  # what the job begins from is what it ends with
             denoising.run(texts, lambda: False, listen, lambda: None)
-        return "computed" if known is None else "found"
 
-    def _decoded(self, run: Run, latents: list[torch.Tensor]) -> list[Any]:
+    def _step_done(self) -> None:
+        self.counters["denoise_steps"] += 1
+        self._outbox.poll()
+
+    def _decoded(self, run: Run) -> list[Any]:
         made: list[Any] = []
+        latents = run.latents
+        assert latents is not None, "it is not denoised"
 
         def decode(_: Question) -> None:
             while latents:  # what is decoded stays so where a later one runs out of memory
@@ -209,10 +256,9 @@ class Renderer:
         work: Callable[[Question], T],
         share_left: Callable[[], float] = lambda: 1.0,
     ) -> T:
-        """Run a phase in the cheapest way that can be had; out of memory, in the next one; after a
-        pause, go on. share_left: of its work.
+        """Run a phase of one job. share_left: of its work.
 
-        Raises OutOfDeviceMemory and what `work` raises.
+        Raises OutOfDeviceMemory, Cancelled and what `work` raises.
         """
         job, model, params = run.job, run.model, run.job.params
         phase = model.phases(params)[name]
@@ -220,33 +266,69 @@ class Renderer:
             run.spec, phase, model.parts.sizes(), self._peaks, shape_of(params),
             steps=params.passes, images=params.num_images, exactness=job.exactness,
         )  # fmt: skip
+
+        def look() -> None:
+            if run.is_cancelled():
+                raise Cancelled("the job was cancelled while it waited for device memory")
+
+        return self._in_some_way([run], phase, asked, work, share_left, look)
+
+    def _in_some_way(
+        self,
+        runs: Sequence[Run],
+        phase: Phase,
+        asked: PhaseWays,
+        work: Callable[[Question], T],
+        share_left: Callable[[], float],
+        look: Callable[[], object],
+    ) -> T:
+        """Run a phase in the cheapest way that can be had; out of memory, in the next one; after a
+        pause, go on.
+
+        runs: that go through it together; some may leave. look: called while a lease is waited
+        for; may raise to give up. Raises OutOfDeviceMemory and what `work` and `look` raise.
+        """
+        job, params, track = runs[0].job, runs[0].job.params, runs[0].track
+        name = phase.name
+        keep_alive = [one.job.keep_alive_s for one in runs if one.job.keep_alive_s is not None]
         left, climbs, pauses = asked.ways, 0, 0
+
+        def wait() -> None:
+            for one in runs:
+                one.track.phase("wait")
+            self._ahead.forget()  # nobody brings it meanwhile, and it may be what is waited for
+            self._outbox.wait(WAIT_S)
+            look()
+
         while left and climbs <= MAX_CLIMBS:
             with self._leases.phase(
-                job.request_id, name, left, lambda: self._wait(run.track), priority=job.priority,
-                keep_alive_s=job.keep_alive_s, pausable=name == "denoise",
+                job.request_id, name, left, wait, max(keep_alive, default=None),
+                priority=max(one.job.priority for one in runs), pausable=name == "denoise",
                 model=asked.model, work=asked.work * share_left(), pixels=asked.pixels,
             ) as lease:  # fmt: skip
-                run.track.phase(name)
+                for one in runs:
+                    one.track.phase(name)
                 way = lease.way
                 try:
-                    with model.parts.ready(lease, phase.parts):
+                    with runs[0].model.parts.ready(lease, phase.parts):
                         result = work(lease)
-                    run.taken.append(
-                        {"phase": name, "way": way.name, "exactness": way.exactness}
-                        | ({"out_of_memory": climbs} if climbs else {})
-                        | ({"paused": pauses} if pauses else {})
-                    )
+                    for one in runs:
+                        one.taken.append(
+                            {"phase": name, "way": way.name, "exactness": way.exactness}
+                            | ({"out_of_memory": climbs} if climbs else {})
+                            | ({"paused": pauses} if pauses else {})
+                        )
                     return result
                 except torch.OutOfMemoryError as exc:
                     log.warning("%s (%s) ran out of device memory: %s", name, way.name, exc)
                     climbs += 1
                     left = left[left.index(way) + 1 :]
                 except Paused:
-                    log.info("%s pauses after step %d", name, run.track.done)
+                    log.info("%s pauses after step %d", name, track.done)
                     self.counters["pauses"] += 1
                     pauses += 1
-                    run.track.phase("wait")
+                    for one in runs:
+                        one.track.phase("wait")
                 # Here, outside of the except: its traceback would keep the tensors alive. Before
                 # the lease is given back: others are granted these bytes then.
                 lease.failed = True
@@ -256,14 +338,6 @@ class Renderer:
             f"with {params.width}x{params.height}; a smaller size would do",
             retry_after_s=5,
         )
-
-    def _wait(self, track: Track) -> None:
-        """For a lease."""
-        track.phase("wait")
-        self._ahead.forget()  # nobody brings it meanwhile, and it may be what is waited for
-        self._outbox.wait(WAIT_S)
-        if self._is_cancelled():
-            raise Cancelled("the job was cancelled while it waited for device memory")
 
     def _look_ahead(self, run: Run) -> None:
         """Ask for what comes after the denoising, of this job and of the next one."""
@@ -275,6 +349,9 @@ class Renderer:
                 self._ahead.want(job.request_id, following.parts, names)
 
     # --- small things ----------------------------------------------------------------------------
+
+    def _glimpses(self, run: Run) -> Glimpses:
+        return Glimpses(self._previews.of(*run.vae), self._clock)
 
     def _keeper(self, run: Run, every_s: float) -> Keeper:
         job = run.job
