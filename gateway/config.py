@@ -47,7 +47,8 @@ class GatewaySection(Section):
     # Overrides: GATEWAY_CHAT_WORKERS, GATEWAY_MEDIA_WORKERS, comma-separated.
     chat_workers: tuple[str, ...] = ()
     media_workers: tuple[str, ...] = ()
-    # Whether workers may have private and loopback addresses.
+    # Whether workers, and providers of models, may have private and loopback addresses and plain
+    # http.
     private_workers: bool = False
     # Folders or files of tokenizers by name (clip, umt5, qwen); relative to the models folder.
     tokenizers: dict[str, str] = Field(default_factory=dict)

@@ -17,10 +17,14 @@ THREADS = 64
 # A client that stops in the middle of its request, or stops reading its answer, loses its
 # connection after this long; else it would keep a thread for ever.
 READ_S, WRITE_S = 20, 30
+# Of a stop: how long running requests go on, and after how long the master kills the process; in
+# between the log is written.
+DRAIN_S, MASTER_S = 5, 9
 
 
 class Server(BaseApplication):  # type: ignore[misc]
-    """Runs until SIGTERM, which lets running requests finish."""
+    """Runs until SIGTERM, which lets running requests go on for DRAIN_S; a supervisor kills what is
+    left soon after."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
@@ -39,7 +43,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_connections": 1000,
             "preload_app": False,  # threads and connections must be made after the fork
             "timeout": 30,  # a heartbeat of the process, not a limit for requests
-            "graceful_timeout": 5,
+            "graceful_timeout": MASTER_S,
             "keepalive": 75,  # longer than the 60 s after which proxies drop an idle connection
             "proc_name": "verbatim gateway",
             "accesslog": None,  # gateway/front/app.py logs requests, with their ids
@@ -67,6 +71,7 @@ def _limit_sockets(server: Any) -> None:
 
 
 def _bind_to_master(server: Any, worker: Any) -> None:
+    worker.cfg.set("graceful_timeout", DRAIN_S)  # this process's own copy
     die_with(worker.ppid)
     die_with_any_thread()
 

@@ -22,7 +22,7 @@ from gateway.access.tokens import verifier
 from gateway.cache.prompts import Prompts
 from gateway.config import Settings
 from gateway.content.emergency import load_emergency, load_seeds
-from gateway.errors import StoreUnavailable
+from gateway.errors import ConfigError, StoreUnavailable
 from gateway.flows.chat import Chat
 from gateway.flows.enhance import Enhancer
 from gateway.front import functions, jobs, log_routes
@@ -54,6 +54,7 @@ from gateway.workers.service import WorkersService, make_workers
 log = logging.getLogger(__name__)
 
 PREPARE_AGAIN_S = 5.0
+LOG_S = 2.0  # of a stop, for the last entries
 CLOSE = "gateway_close"  # in the app's extensions: what ends its threads
 
 
@@ -114,7 +115,10 @@ def build(settings: Settings) -> Flask:
         enhancer,
         queue_of(settings),
         workers.media,
-        Signatures(own_secret(settings.state_dir), settings.secret("JOB_CALLBACK_SECRET")),
+        Signatures(
+            _callback_secret(settings),
+            settings.secret("JOB_CALLBACK_SECRET"),
+        ),
         signer_of(settings),
         settings.public_url,
         sdxl_enabled=settings.secret("SDXL_QUEUE_ENABLED") != "false",
@@ -151,11 +155,12 @@ def _close(
     prompts: Prompts,
     database: Database,
 ) -> None:
-    """End what `build` started, when no request runs any more: what is to be logged is written."""
+    """End what `build` started: what is to be logged is written first, since the rest may hang on a
+    worker or a database that is away, and there are seconds only."""
     stop.set()
-    logs.stop()
+    logs.stop(LOG_S)
+    threading.Thread(target=workers.close, name="close workers", daemon=True).start()
     prompts.stop()
-    workers.close()
     database.dispose()
 
 
@@ -196,6 +201,18 @@ def prepare(settings: Settings, database: Database) -> bool:
         log.error("the database is not ready: %s; it is tried again", exc)
         return False
     return True
+
+
+def _callback_secret(settings: Settings) -> str | None:
+    """None where it cannot be kept: prompts are served all the same, and jobs are refused."""
+    given = settings.secret("GATEWAY_CALLBACK_SECRET")
+    if given is not None:
+        return given
+    try:
+        return own_secret(settings.state_dir)
+    except ConfigError as exc:
+        log.error("no jobs are taken: %s", exc)
+        return None
 
 
 def tokenizer_files(settings: Settings) -> Mapping[str, Path]:

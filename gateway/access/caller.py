@@ -16,7 +16,7 @@ class Scope(StrEnum):
     CALL = "call"
     """Use the function and enhance routes."""
     WORKER = "worker"
-    """Register workers, send callbacks, refresh."""
+    """Register workers, refresh."""
     VIEWER = "viewer"
     """Read the configuration and the logs."""
     EDITOR = "editor"

@@ -12,8 +12,7 @@ from gateway.store.database import Database, open_database
 
 
 class LazyDatabase:
-    """Opening makes a SQLite file, and one that is missing must not become an empty database: so
-    nothing is opened until somebody who saw the file asks. `_lock` guards the opening."""
+    """A database that is opened when it is first asked for. `_lock` guards the opening."""
 
     def __init__(self, url: str, prepare: Callable[[Any, Any], None] | None = None):
         """prepare: called with each new connection to PostgreSQL, as SQLAlchemy's `connect` is."""
@@ -23,7 +22,7 @@ class LazyDatabase:
         self._opened: Database | None = None
 
     def get(self) -> Database:
-        """Raises StoreUnavailable where the file of SQLite cannot be made."""
+        """Touches no disk and connects to nothing yet."""
         with self._lock:
             if self._opened is None:
                 self._opened = open_database(self._url)

@@ -14,7 +14,7 @@ everyone shown is an adult.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from gateway.content.people import names_somebody
 from gateway.content.spelling import masks, words
 from gateway.content.terms import TermList, read_terms
 
-# Texts whose findings are remembered, by each question; 20 MB at the very most.
+# Texts of which it is remembered whether they have a sexual theme; 8 MB at the most.
 REMEMBERED, REMEMBERED_CHARS = 4096, 2000
 
 MINORS, PEOPLE = "sexual content with minors", "sexual content about real people"
@@ -52,42 +52,39 @@ class _Lists:
 def refusal(texts: Sequence[str]) -> Refusal | None:
     """Why these texts of one request may not be worked on; None: they may. Pure after the first
     call, which reads the word lists."""
-    if not any(_has(text, _is_sexual) for text in texts):
+    texts = [text for text in texts if text.strip()]
+    if not any(map(_sexual, texts)):
         return None
-    if any(_has(text, _is_of_minors) for text in texts):
+    # Judged as one: "a girl" and "14" say together what neither says alone.
+    lists = _lists()
+    tokens = [token for text in texts for token in _words(text)]
+    if is_young(tokens) or lists.minors.found(tokens) or any(map(names_age, texts)):
         return Refusal(MINORS)
-    if any(_has(text, _is_of_people) for text in texts):
+    if lists.people.found(tokens) or any(map(names_somebody, texts)):
         return Refusal(PEOPLE)
     return None
 
 
-def _has(text: str, look: Callable[[str], bool]) -> bool:
-    """What `look` finds in a text: remembered for texts that are not long, since those of templates
-    and rules come with every request. A text ends a clause, so no finding spans two of them."""
-    return _remembered(text, look) if len(text) <= REMEMBERED_CHARS else look(text)
+def _sexual(text: str) -> bool:
+    """Whether a text has a sexual theme. Remembered for texts that are not long, since those of
+    templates and rules come with every request; a theme ends where its text ends."""
+    return _is_sexual_known(text) if len(text) <= REMEMBERED_CHARS else _is_sexual(text)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _remembered(text: str, look: Callable[[str], bool]) -> bool:
-    return look(text)
+def _is_sexual_known(text: str) -> bool:
+    return _is_sexual(text)
 
 
 def _is_sexual(text: str) -> bool:
     lists = _lists()
-    tokens = words(text, lists.hidden, lists.masked)
+    tokens = _words(text)
     return bool(lists.adult.found(tokens) or lists.sexual.found(tokens))
 
 
-def _is_of_minors(text: str) -> bool:
+def _words(text: str) -> list[str]:
     lists = _lists()
-    tokens = words(text, lists.hidden, lists.masked)
-    return is_young(tokens) or bool(lists.minors.found(tokens)) or names_age(text)
-
-
-def _is_of_people(text: str) -> bool:
-    lists = _lists()
-    tokens = words(text, lists.hidden, lists.masked)
-    return bool(lists.people.found(tokens)) or names_somebody(text)
+    return words(text, lists.hidden, lists.masked)
 
 
 @functools.cache

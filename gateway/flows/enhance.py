@@ -137,14 +137,19 @@ class Enhancer:
         answers = [self._ask(assembled, call)]
         record.answered(answers[0])
         if assembled.effective().get("second_pass"):
-            again = self._assemble(held.snapshot, replace(request, prompt=answers[0].text))
+            # In the mode that was decided: the detector would judge the model's words, not the
+            # caller's.
+            following = replace(
+                request, prompt=answers[0].text, explicit_mode=assembled.content_mode
+            )
+            again = self._assemble(held.snapshot, following)
             answers.append(self._ask(again, call))
             record.answered(answers[-1])
         shorter: list[Answer] = []
 
         def ask_shorter(text: str, limit: int) -> str | GatewayError:
             try:
-                answer = self._shorten(text, limit, asked, call, held)
+                answer = self._shorten(text, limit, asked, call, held, assembled.content_mode)
             except PromptRefused:
                 raise
             except GatewayError as exc:
@@ -249,15 +254,16 @@ class Enhancer:
         )
 
     def _shorten(
-        self, text: str, limit: int, asked: EnhanceInput, call: Call, held: Held
+        self, text: str, limit: int, asked: EnhanceInput, call: Call, held: Held, mode: str
     ) -> Answer:
-        """The model's shorter version. Raises TemplateNotFound where there is no template for
-        it."""
+        """The model's shorter version, in the mode that was decided. Raises TemplateNotFound where
+        there is no template for it."""
         request = replace(
             self._request(asked, call),
             prompt=text,
             use_case=COMPRESSION,
             variables={**asked.variables, "limit": str(limit)},
+            explicit_mode=mode,
             character_id=None,
             params={},
         )

@@ -65,10 +65,14 @@ class Record:
             "model_key": answer.model_key,
             "model_source": answer.source,
             "tokens_out": answer.completion_tokens,
-            "worker_ms": self._values.get("worker_ms", 0.0) + answer.model_ms,
+            "worker_ms": self._sum("worker_ms", answer.worker_ms),
         }
         if isinstance(receipt.get("prompt_ids_sha256"), str):
             self._values.setdefault("prompt_ids_sha256", receipt["prompt_ids_sha256"])
+
+    def _sum(self, name: str, more: float | None) -> float | None:
+        known: float | None = self._values.get(name)
+        return more if known is None else known + (more or 0.0)
 
     def fitted(self, target_tokens: int, compressed: bool) -> None:
         self._values |= {"target_tokens": target_tokens, "compressed": compressed}

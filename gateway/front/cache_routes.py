@@ -12,7 +12,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict
 
 from gateway.access.caller import Scope
-from gateway.cache.instances import RefreshReport
+from gateway.cache.instances import REACHED, RefreshReport
 from gateway.errors import RevisionNotReached
 from gateway.front import revision
 from gateway.front.access import needs
@@ -60,13 +60,17 @@ def function_blueprint(services: Services) -> APIBlueprint:
         revision.used(held)
         return {
             "success": True,
-            "message": f"All {len(report.instances)} processes serve revision {report.revision}",
+            "message": f"All {reached(report)} live processes serve revision {report.revision}",
             "cache_stats": cache_stats(held.snapshot),
             "cached_data": cached_data(held.snapshot),
             **_report(report),
         }
 
     return api
+
+
+def reached(report: RefreshReport) -> int:
+    return sum(one.state == REACHED for one in report.instances)
 
 
 def cache_stats(snapshot: Snapshot) -> dict[str, Any]:

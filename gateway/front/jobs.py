@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from flask_openapi3.models.tag import Tag
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from gateway.access.caller import Scope, owner
-from gateway.errors import Invalid, Unauthorized
+from gateway.errors import Invalid, TooLarge, Unauthorized
 from gateway.front.access import caller, is_open, needs
 from gateway.front.functions import MAX_TAGS, call_of, check_length, tags_of
 from gateway.front.services import Services
@@ -23,6 +24,7 @@ from gateway.store.jobs import MOST, job_of, jobs_of
 from gateway.values.rows import MODES
 
 _TAG = Tag(name="jobs")
+MAX_METADATA = 65_536  # characters as JSON; clients send some 2,000
 
 
 class JobBody(BaseModel):
@@ -126,7 +128,19 @@ def job_input(services: Services, body: JobBody) -> JobInput:
     """Raises TooLarge, Invalid."""
     section = services.settings.section
     metadata = dict(body.metadata or {})
-    for text in (body.prompt, body.original_prompt, body.enhanced_prompt, body.negative_prompt):
+    size = len(json.dumps(metadata))
+    if size > MAX_METADATA:
+        raise TooLarge(f"metadata has {size} characters as JSON; {MAX_METADATA} are the most")
+    weights = body.compel_weights
+    texts = (
+        body.prompt,
+        body.original_prompt,
+        body.enhanced_prompt,
+        body.negative_prompt,
+        weights if isinstance(weights, str) else " ".join(weights or ()),
+        str(metadata.get("originalEnhancedPrompt") or ""),
+    )
+    for text in texts:
         check_length(text or "", section.prompt_chars)
     said = body.content_type or metadata.get("contentType")
     if said is not None and said not in MODES:

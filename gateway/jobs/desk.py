@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from gateway.access.caller import owner
-from gateway.errors import GatewayError, Invalid
+from gateway.errors import GatewayError, Invalid, StoreUnavailable
 from gateway.flows.call import Call, PromptSource
 from gateway.flows.enhance import Enhanced, EnhanceInput, mode_of
 from gateway.flows.refusing import refuse
@@ -65,7 +65,8 @@ class _Prompt:
 
 
 class JobDesk:
-    """Holds the parts and no state of jobs, which is in the database; any thread."""
+    """Holds the parts; any thread. The state of jobs is in the database, but for hand-overs that
+    could not be written, under `_lock`."""
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class JobDesk:
         self._sdxl_enabled = sdxl_enabled
         self._clock = clock
         self._wall = wall
+        self._lock = threading.Lock()
+        self._unwritten: dict[str, tuple[str, Mapping[str, Any]]] = {}
 
     # --- in ------------------------------------------------------------------------------------
 
@@ -284,12 +287,21 @@ class JobDesk:
                 )
                 place, more = "http", {rows.WORKER_URL: accepted.worker_url}
         except GatewayError as exc:
-            with self._database.transaction() as connection:
-                rows.fail_queued(connection, job_id, str(exc), self._wall())
             exc.fields["jobId"] = job_id
+            try:
+                with self._database.transaction() as connection:
+                    rows.fail_queued(connection, job_id, str(exc), self._wall())
+            except StoreUnavailable as away:  # the sweep finds the row
+                log.warning("job %s was not handed over, and its row waits: %s", job_id, away)
             raise
-        with self._database.transaction() as connection:
-            rows.handed_over(connection, job_id, place, more)
+        try:
+            with self._database.transaction() as connection:
+                rows.handed_over(connection, job_id, place, more)
+        except StoreUnavailable as exc:
+            # It is handed over all the same: an error would have the client send it once more.
+            log.warning("job %s is handed over; its row is written later: %s", job_id, exc)
+            with self._lock:
+                self._unwritten[job_id] = (place, more)
         return place
 
     # --- out -----------------------------------------------------------------------------------
@@ -330,6 +342,13 @@ class JobDesk:
 
     def sweep(self) -> None:
         """Fail what a process left behind that ended between a row and its hand-over."""
+        with self._lock:
+            unwritten = dict(self._unwritten)
+        for job_id, (place, more) in unwritten.items():
+            with self._database.transaction() as connection:
+                rows.handed_over(connection, job_id, place, more)
+            with self._lock:
+                self._unwritten.pop(job_id, None)
         with self._database.transaction() as connection:
             lost = rows.fail_never_handed_over(connection, self._wall(), ORPHAN_S)
         if lost:
@@ -342,6 +361,8 @@ class JobDesk:
                 self.sweep()
             except GatewayError as exc:
                 log.warning("jobs were not looked through: %s", exc)
+            except Exception:
+                log.exception("looking through the jobs has a fault")
             stop.wait(SWEEP_EVERY_S)
 
 

@@ -8,28 +8,39 @@ import os
 import secrets
 from pathlib import Path
 
-from gateway.errors import ConfigError, Unauthorized
+from gateway.errors import ConfigError, StoreUnavailable, Unauthorized
 
 SECRET_FILE = "callback-secret"
+MIN_CHARS = 32
 _SCHEME = "sha256="
 
 
 class Signatures:
     """Checks callbacks and makes the secrets that workers sign webhooks with. Immutable."""
 
-    def __init__(self, own: str, shared: str | None):
+    def __init__(self, own: str | None, shared: str | None):
         """own: known to nobody else; secrets of single jobs are derived from it, so a worker that
-        learns one can sign for that job alone. shared: JOB_CALLBACK_SECRET, which workers with a
-        Supabase project sign all callbacks with; None: none is taken."""
-        self._own = own.encode()
+        learns one can sign for that job alone; None: it could not be kept, so no job is taken and
+        no webhook. shared: JOB_CALLBACK_SECRET, which workers with a
+        Supabase project sign all callbacks with; None: none is taken. Raises ConfigError for an
+        `own` of less than MIN_CHARS."""
+        if own is not None and len(own) < MIN_CHARS:
+            raise ConfigError(
+                f"the callbacks' secret has {len(own)} characters; {MIN_CHARS} are needed"
+            )
+        self._own = own.encode() if own is not None else None
         self._shared = shared.encode() if shared else None
 
     def secret_of(self, job_id: str) -> str:
-        """What the worker of this job signs with."""
+        """What the worker of this job signs with. Raises StoreUnavailable."""
+        if self._own is None:
+            raise StoreUnavailable(
+                "the callbacks' secret is not known: the state folder cannot be used; see the log"
+            )
         return hmac.new(self._own, f"webhook:{job_id}".encode(), hashlib.sha256).hexdigest()
 
     def check_webhook(self, job_id: str, body: bytes, given: str) -> None:
-        """Raises Unauthorized."""
+        """Raises Unauthorized, StoreUnavailable."""
         _check(self.secret_of(job_id).encode(), body, given)
 
     def check_callback(self, body: bytes, given: str) -> None:
@@ -56,7 +67,7 @@ def own_secret(state_dir: Path) -> str:
         found = path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"the callbacks' secret cannot be kept in {path}: {exc}") from exc
-    if len(found) < 32:
+    if len(found) < MIN_CHARS:
         raise ConfigError(f"{path} does not hold a secret; remove it for a new one")
     return found
 

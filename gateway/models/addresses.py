@@ -7,26 +7,15 @@ operator allowed them for the whole gateway.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from ipaddress import IPv4Address, ip_address, ip_network
-from threading import Thread
 from urllib.parse import urlsplit
 
 import httpcore
 
 from gateway.models.faults import ADDRESS, TIMEOUT, UNREACHABLE, ProviderError, shown
-
-# Host and port in; every address of the host, as text, out. Raises OSError if there is none.
-Resolver = Callable[[str, int], Sequence[str]]
+from gateway.network.addresses import Resolver, is_public, look_up
 
 MAX_URL_CHARS = 2048
 PORTS = {"http": 80, "https": 443}
-# An IPv6-only network reaches IPv4 through these; the last four bytes say whom.
-_NAT64 = ip_network("64:ff9b::/96")
-# Looks public, and is the host agent of every machine on Azure.
-_HOST_AGENT = ip_address("168.63.129.16")
 
 
 def read_url(url: str, private_allowed: bool) -> httpcore.URL:
@@ -57,18 +46,8 @@ def find(
     host: str, port: int, *, private_allowed: bool, within_s: float, resolve: Resolver
 ) -> tuple[str, ...]:
     """Addresses of `host` that may be connected to. Raises ProviderError."""
-    looking: Future[tuple[str, ...]] = Future()
-
-    def look() -> None:
-        try:
-            looking.set_result(tuple(resolve(host, port)))
-        except BaseException as exc:
-            looking.set_exception(exc)
-
-    # The system's look-up takes no time limit, so it has a thread that is left behind.
-    Thread(target=look, name="look-up", daemon=True).start()
     try:
-        addresses = looking.result(within_s)
+        addresses = look_up(host, port, within_s, resolve)
     except TimeoutError as exc:
         raise ProviderError(
             TIMEOUT, f"the name of {shown(host)} was not found within {within_s:.3g} s"
@@ -80,26 +59,6 @@ def find(
     if not private_allowed and not all(map(is_public, addresses)):
         raise _refused(f"{shown(host)} has an address that is not a public one")
     return addresses
-
-
-def is_public(address: str) -> bool:
-    """Whether it is of the public Internet."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return False
-    if parsed.version == 6:
-        if parsed.ipv4_mapped is not None or parsed.scope_id is not None:
-            return False
-        if parsed in _NAT64:
-            parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
-    return parsed.is_global and not parsed.is_multicast and parsed != _HOST_AGENT
-
-
-def look_up(host: str, port: int) -> list[str]:
-    """Every address of a name, best first. Raises OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def _refused(why: str) -> ProviderError:

@@ -19,6 +19,7 @@ import httpcore
 
 from gateway.models import addresses
 from gateway.models.faults import BROKEN, TIMEOUT, TOO_LARGE, UNREACHABLE, ProviderError
+from gateway.network.addresses import Resolver, system_addresses
 
 MAX_ERROR_BYTES = 64 << 10  # of the body of an answer that is not 2xx
 CONNECT_S = 5.0  # for one address, if there is another to try
@@ -43,7 +44,7 @@ class Exchange:
         private_allowed: bool = False,
         verify: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
-        resolve: addresses.Resolver = addresses.look_up,
+        resolve: Resolver = system_addresses,
     ):
         """private_allowed: http and private addresses too. verify: whose certificates count; by
         default those that certifi trusts. clock: monotonic seconds."""

@@ -3,12 +3,18 @@
 Texts in the database move on; a log row has to be explained later. `used_objects` gives every row
 that had a part, also those that were looked at and skipped, and `rebuild` a snapshot of only these:
 with the same request it assembles to the same messages, parameters, models and negative prompt.
+
+A row never changes, so what was worked out of it is remembered: requests that use the same rows
+pay for their JSON and hashes once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from gateway.errors import Invalid
@@ -47,6 +53,10 @@ KINDS: Mapping[str, tuple[type, str]] = {
 }
 _NESTED: Mapping[str, type] = {"live": TemplateVersion, "loras": CharacterLora, "history": Message}
 
+# Some hundreds are in use at a time; the rest are characters, and rows of snapshots that requests
+# which began earlier still hold.
+KEPT_ROWS = 2048
+
 
 def used_objects(
     snapshot: Snapshot, request: AssembleRequest, assembled: Assembled
@@ -73,14 +83,53 @@ def used_objects(
             snapshot, request.target_model, assembled.content_mode, request.generation_mode
         )
     ]
-    objects = (config_object(kind, row) for kind, row in rows)
-    return tuple({one.content_hash: one for one in objects}.values())
+    return tuple({one.content_hash: one for one in _objects().of(rows)}.values())
 
 
 def config_object(kind: str, row: Any) -> ConfigObject:
+    """A row as it is kept. Raises Invalid for a text or number that JSON or UTF-8 cannot hold."""
     body = _plain(row)
     hashed = sha256_of({"kind": kind, "body": body})
     return ConfigObject(content_hash=hashed, kind=kind, body=body)
+
+
+class ConfigObjects:
+    """The objects of the `kept` rows that were used last, each with its row. Any thread; `_lock`
+    guards `_made`. A body is shared by all requests of its row: who gets it only reads it."""
+
+    def __init__(self, kept: int = KEPT_ROWS) -> None:
+        self._kept = kept
+        self._lock = threading.Lock()
+        # By identity, since comparing two rows costs more than this saves. The row is in the entry
+        # so that its id cannot become another one's while the entry is there.
+        self._made: OrderedDict[tuple[str, int], tuple[Any, ConfigObject]] = OrderedDict()
+
+    def of(self, rows: Sequence[tuple[str, Any]]) -> list[ConfigObject]:
+        """The objects of (kind, row) pairs, in their order. Raises as `config_object`."""
+        keys = [(kind, id(row)) for kind, row in rows]
+        with self._lock:
+            entries = [self._made.get(key) for key in keys]
+            for key, entry in zip(keys, entries, strict=True):
+                if entry is not None:
+                    self._made.move_to_end(key)
+        if None not in entries:
+            return [entry[1] for entry in entries if entry is not None]
+        # Not under the lock: others need not wait for hashes. Two threads may make the same one.
+        whole = [
+            (row, config_object(kind, row)) if entry is None else entry
+            for (kind, row), entry in zip(rows, entries, strict=True)
+        ]
+        with self._lock:
+            self._made.update(zip(keys, whole, strict=True))
+            while len(self._made) > self._kept:
+                self._made.popitem(last=False)
+        return [made for _, made in whole]
+
+
+@cache
+def _objects() -> ConfigObjects:
+    """The process's own."""
+    return ConfigObjects()
 
 
 def rebuild(objects: Iterable[ConfigObject]) -> Snapshot:

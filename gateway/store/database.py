@@ -7,12 +7,9 @@ SQLAlchemy; gateway/store/editing.py turns it into a Conflict.
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -29,14 +26,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from gateway.errors import ConfigError, StoreUnavailable
 from gateway.store.canonical import canonical_json
-
-log = logging.getLogger(__name__)
+from gateway.store.sqlite_file import SqliteFile
 
 BUSY_MS = 5000  # how long a writer waits for another one
 STATEMENT_MS = 15_000
 IDLE_IN_TRANSACTION_MS = 60_000
 POOL = 8  # connections that stay open, in each process
-OVERFLOW = 24  # more of them under load; gthread workers have 32 threads at most
+# More of them under load: one for each of the 64 threads of gateway/server.py and for the loops
+# beside them, so that writers that wait for a lock keep no reader out. A PostgreSQL server for
+# several replicas needs as many (max_connections); what it refuses is StoreUnavailable.
+OVERFLOW = 64
 POOL_WAIT_S = 5.0
 RETRY_AFTER_S = 2.0
 
@@ -46,8 +45,9 @@ _WRITES = "gateway_writes"
 class Database:
     """An engine with the gateway's transactions. Safe for threads; not for forks: open it after."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, file: SqliteFile | None = None):
         self.engine = engine
+        self._file = file  # None: PostgreSQL
 
     def __repr__(self) -> str:
         return f"Database({self.engine.url.render_as_string(hide_password=True)})"
@@ -55,6 +55,17 @@ class Database:
     @property
     def is_postgres(self) -> bool:
         return self.engine.dialect.name == "postgresql"
+
+    def make(self) -> None:
+        """Make SQLite's file and folder, unless this object ever found one: a file that was moved
+        away stays missing. migrate calls this; connections make no file. Raises StoreUnavailable.
+        """
+        if self._file is not None:
+            self._file.make()
+
+    def is_made(self) -> bool:
+        """False: `make` comes first. Raises StoreUnavailable where that could not write."""
+        return self._file is None or self._file.is_made()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -100,8 +111,8 @@ def begin_consistent_read(connection: Connection) -> None:
 def open_database(url: str) -> Database:
     """The database of a SQLAlchemy URL; `sqlite:///path` or `postgresql://…`.
 
-    Makes an SQLite file and its folder, readable by their owner only; makes no tables (migrate
-    does) and does not connect to PostgreSQL yet. Raises ConfigError for other URLs.
+    Connects to nothing and does not touch the disk: migrate makes SQLite's file and the tables.
+    Raises ConfigError for other URLs.
     """
     try:
         parsed = make_url(url)
@@ -113,7 +124,7 @@ def open_database(url: str) -> Database:
         ) from exc
     backend = parsed.get_backend_name()
     if backend == "sqlite":
-        return Database(_open_sqlite(parsed))
+        return _open_sqlite(parsed)
     if backend in ("postgresql", "postgres"):
         return Database(_open_postgres(parsed))
     raise ConfigError(f"the database is {backend}; the gateway takes sqlite and postgresql")
@@ -122,21 +133,10 @@ def open_database(url: str) -> Database:
 # --- SQLite -----------------------------------------------------------------------------------
 
 
-def _open_sqlite(url: URL) -> Engine:
+def _open_sqlite(url: URL) -> Database:
     if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
         raise ConfigError("the SQLite database needs a file: sqlite:///relative or sqlite:////full")
-    path = Path(url.database)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # SQLite gives its -wal and -shm files the mode of this one. Only a new file is opened here:
-        # closing any descriptor of a file drops all locks that this process has on it (POSIX), and
-        # another process would then take the log away under our connections.
-        if not path.exists():
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        log.debug("another process made %s first", path)
-    except OSError as exc:
-        raise StoreUnavailable(f"{path} cannot be opened for writing: {exc.strerror}") from exc
+    file = SqliteFile(url.database)
     engine = create_engine(
         url.set(drivername="sqlite+pysqlite"),
         pool_size=POOL,
@@ -145,10 +145,11 @@ def _open_sqlite(url: URL) -> Engine:
         json_serializer=_json_text,
         hide_parameters=True,
     )
+    file.guard(engine)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     event.listen(engine, "handle_error", _translate)
-    return engine
+    return Database(engine, file)
 
 
 def _json_text(value: Any) -> str:

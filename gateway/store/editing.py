@@ -11,7 +11,7 @@ brings: what a template may hold is the renderer's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from gateway.errors import Conflict, Invalid, NotFound
 from gateway.store.audit import append_audit
+from gateway.store.canonical import canonical_json
 from gateway.store.database import Database
 from gateway.store.fields import check, check_row
 from gateway.store.loading import read_revision
@@ -83,15 +84,35 @@ class Editor:
             raise NotFound(f"{table.name} has no row {key}")
         return dict(row)
 
-    def create(self, table: Table, values: Mapping[str, Any], **own: Any) -> Any:
-        """Insert a checked row; its key. `own`: columns that callers may not set themselves."""
+    def create(
+        self,
+        table: Table,
+        values: Mapping[str, Any],
+        *,
+        personal: Collection[str] = (),
+        **own: Any,
+    ) -> Any:
+        """Insert a checked row; its key. `own`: columns that callers may not set themselves.
+
+        personal, here and below: columns with somebody's own texts. The audit log, from which
+        nothing may be deleted, gets their lengths only; no hash either, since a short text can be
+        found from it by trying.
+        """
         row = {**_checked(table, values, partial=False), **own}
         column = _key(table)
         key = self.connection.execute(insert(table).values(row).returning(column)).scalar_one()
-        self.audit("create", f"{table.name}/{key}", {"after": _json(row)})
+        self.audit("create", f"{table.name}/{key}", {"after": _json(row, personal)})
         return key
 
-    def change(self, table: Table, key: Any, values: Mapping[str, Any], **own: Any) -> bool:
+    def change(
+        self,
+        table: Table,
+        key: Any,
+        values: Mapping[str, Any],
+        *,
+        personal: Collection[str] = (),
+        **own: Any,
+    ) -> bool:
         """Update columns of a row; False where they are so already. Raises NotFound."""
         before = self.find(table, key)
         wanted = {**_checked(table, values, partial=True), **own}
@@ -104,15 +125,18 @@ class Editor:
         self.audit(
             "change",
             f"{table.name}/{key}",
-            {"before": _json({name: before[name] for name in after}), "after": _json(after)},
+            {
+                "before": _json({name: before[name] for name in after}, personal),
+                "after": _json(after, personal),
+            },
         )
         return True
 
-    def remove(self, table: Table, key: Any) -> None:
+    def remove(self, table: Table, key: Any, *, personal: Collection[str] = ()) -> None:
         """Delete a row. Raises NotFound; a Conflict comes where others refer to it."""
         before = self.find(table, key)
         self.connection.execute(delete(table).where(_key(table) == key))
-        self.audit("remove", f"{table.name}/{key}", {"before": _json(before)})
+        self.audit("remove", f"{table.name}/{key}", {"before": _json(before, personal)})
 
     def finish(self) -> None:
         """What holds for all edits together. Raises Conflict where a task lost its default."""
@@ -233,7 +257,15 @@ def _key(table: Table) -> Any:
     return column
 
 
-def _json(row: Mapping[str, Any]) -> dict[str, Any]:
+def _json(row: Mapping[str, Any], personal: Collection[str]) -> dict[str, Any]:
     return {
-        name: one.isoformat() if isinstance(one, datetime) else one for name, one in row.items()
+        name: {"length": _length(one)}
+        if name in personal
+        else (one.isoformat() if isinstance(one, datetime) else one)
+        for name, one in row.items()
     }
+
+
+def _length(value: Any) -> int:
+    """Characters of a text, bytes of anything else as JSON."""
+    return len(value if isinstance(value, str) else canonical_json(value))

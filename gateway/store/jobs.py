@@ -36,7 +36,7 @@ def fail_queued(connection: Connection, job_id: str, error: str, now: datetime) 
     connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.status == QUEUED)
-        .values(status=FAILED, error_message=error, completed_at=now)
+        .values(status=FAILED, error_message=error, completed_at=now, payload=None)
     )
 
 
@@ -52,8 +52,10 @@ def fail_never_handed_over(connection: Connection, now: datetime, older_s: float
         )
         .values(
             status=FAILED,
-            error_message="the gateway ended before the job was handed over; send it again",
+            error_message="the gateway ended while it handed the job over; whether a worker has it "
+            "is not known, and what it calls back counts",
             completed_at=now,
+            payload=None,
         )
     )
     return int(done.rowcount)
@@ -98,7 +100,7 @@ def cancel_job(connection: Connection, job_id: str, user_id: str, now: datetime)
     done = connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.status.in_([QUEUED, PROCESSING]))
-        .values(status="cancelled", completed_at=now)
+        .values(status="cancelled", completed_at=now, payload=None)
     )
     if not done.rowcount:
         raise Conflict(f"the job is {job['status']} already")

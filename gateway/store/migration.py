@@ -26,7 +26,9 @@ WAIT_MS = 120_000  # for another process that migrates, and for one statement of
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Upgrade to `revision`. Raises ConfigError where the database is of a newer program."""
+    """Upgrade to `revision`; first makes the file of SQLite, where there never was one. Raises
+    ConfigError where the database is of a newer program, StoreUnavailable without a database."""
+    database.make()
     with _migrating(database) as connection:
         current = current_revision(connection)
         known = {script.revision for script in _scripts().walk_revisions()}
@@ -45,7 +47,9 @@ def downgrade(database: Database, revision: str) -> None:
 
 
 def is_current(database: Database) -> bool:
-    """Whether the schema is the newest this program knows."""
+    """Whether the schema is the newest this program knows. Makes nothing."""
+    if not database.is_made():
+        return False
     with database.reading() as connection:
         return current_revision(connection) == _scripts().get_current_head()
 

@@ -484,7 +484,7 @@ jobs = Table(
     Column("enhancement_strategy", String(120)),
     Column("enhancement_time_ms", Float),
     Column("queue_name", String(60)),
-    Column("payload", Json),  # what was pushed; kept until it ends, to push it again
+    Column("payload", Json),  # what was pushed; for people, until the job ends
     Column("webhook_sequence", Integer, nullable=False, server_default="-1"),
     Column("request_id", String(64)),  # of the enhancement
     Column("created_at", Time, nullable=False),

@@ -16,8 +16,9 @@ import httpx
 
 from gateway.config import Settings
 from gateway.errors import ConfigError, Invalid
+from gateway.network.addresses import Resolver, system_addresses
 from gateway.workers.network import CheckedNetwork, CheckedTransport, until
-from gateway.workers.urls import AddressPolicy, Resolver, look_up, parse_worker_url
+from gateway.workers.urls import AddressPolicy, parse_worker_url
 
 CONNECT_S = 2.0
 MAX_CONNECTIONS = 128  # more than a gateway's request threads; a request waits for one at most
@@ -91,7 +92,7 @@ class WorkerClient:
         policy: AddressPolicy,
         keys: Keys,
         *,
-        resolve: Resolver = look_up,
+        resolve: Resolver = system_addresses,
         clock: Callable[[], float] = time.monotonic,
         network: httpcore.NetworkBackend | None = None,
     ):

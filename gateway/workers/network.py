@@ -11,16 +11,15 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Thread
 from typing import Any
 
 import httpcore
 import httpx
 
-from gateway.workers.urls import AddressPolicy, Resolver, look_up
+from gateway.network.addresses import Resolver, look_up, system_addresses
+from gateway.workers.urls import AddressPolicy
 
 # Monotonic; of the call that this thread makes now.
 _deadline: ContextVar[float] = ContextVar("deadline")
@@ -46,7 +45,7 @@ class CheckedNetwork(httpcore.NetworkBackend):
     def __init__(
         self,
         policy: AddressPolicy,
-        resolve: Resolver = look_up,
+        resolve: Resolver = system_addresses,
         network: httpcore.NetworkBackend | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -87,28 +86,13 @@ class CheckedNetwork(httpcore.NetworkBackend):
 
     def addresses(self, host: str, port: int, within_s: float) -> tuple[str, ...]:
         """Every address of a host, all of which may be connected to. Raises as `connect_tcp`."""
-        return self._policy.check(host, port, self._look_up(host, port, within_s))
-
-    def _look_up(self, host: str, port: int, within_s: float) -> tuple[str, ...]:
-        if ":" in host or host.replace(".", "").isdecimal():
-            return (host,)
-        looking: Future[tuple[str, ...]] = Future()
-
-        def look() -> None:
-            try:
-                looking.set_result(tuple(self._resolve(host, port)))
-            except Exception as exc:
-                looking.set_exception(exc)
-
-        # The system's look-up takes no time limit, so it gets a thread that is left behind when
-        # it takes too long.
-        Thread(target=look, name="look-up", daemon=True).start()
         try:
-            return looking.result(max(0.0, within_s))
+            found = look_up(host, port, within_s, self._resolve)
         except TimeoutError as exc:
             raise httpcore.ConnectTimeout("the name was not found in time") from exc
         except OSError as exc:
             raise httpcore.ConnectError("the name cannot be found") from exc
+        return self._policy.check(host, port, found)
 
 
 class _BoundedStream(httpcore.NetworkStream):

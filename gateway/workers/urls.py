@@ -9,16 +9,13 @@ nothing up again (gateway/workers/network.py).
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address
 from urllib.parse import urlsplit
 
 from gateway.errors import Invalid, InvalidRequest
-
-# Host and port in; every address of the host, as text, out. Raises OSError if there is none.
-Resolver = Callable[[str, int], Iterable[str]]
+from gateway.network.addresses import is_public
 
 MAX_URL_CHARS = 2048
 PORTS = {"http": 80, "https": 443}
@@ -26,22 +23,6 @@ _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?:\.(?!-)[a-z0-9_-]{1,63})*")
 # A last label like these makes a host an IPv4 address for many readers of URLs, in some spelling:
 # 2130706433, 127.1, 0x7f.1 (url.spec.whatwg.org, "ends in a number").
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-
-# Not public, though `is_global` of some Python 3.11 patch releases says so, or because they carry
-# another address inside (iana.org, special-purpose address registries).
-_SPECIAL = tuple(
-    ip_network(network)
-    for network in (
-        "168.63.129.16/32",  # the host agent of every machine on Azure
-        "192.0.0.0/24",
-        "192.88.99.0/24",  # 6to4 relays
-        "2001::/23",  # protocol assignments, Teredo among them
-        "2002::/16",  # 6to4: carries any IPv4 address
-        "3fff::/20",  # documentation
-    )
-)
-_NAT64 = ip_network("64:ff9b::/96")  # the last four bytes say whom it reaches
-_UNICAST_V6 = ip_network("2000::/3")  # all else in IPv6 is local, mapped or reserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +92,6 @@ class AddressPolicy:
                 "media_workers of the profile, or set private_workers = true"
             )
         return found
-
-
-def is_public(address: str) -> bool:
-    """Whether an address, as the system writes it, is a host's on the public Internet."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(parsed, IPv6Address):
-        if parsed.scope_id is not None:
-            return False
-        if parsed in _NAT64:
-            parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
-        elif parsed not in _UNICAST_V6:
-            return False
-    special = any(parsed in network for network in _SPECIAL)
-    return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved and not special
-
-
-def look_up(host: str, port: int) -> list[str]:
-    """Every address of a name, best first, as the system finds them. Raises OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def _host(text: str) -> str:

@@ -87,6 +87,7 @@ def make_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ma
             if state != "blank":
                 shutil.copy(request.getfixturevalue(f"{state}_sqlite"), path)
             database, name = open_database(f"sqlite:///{path}"), None
+            database.make()
         else:
             server: Server = request.getfixturevalue("postgres")
             template = None if state == "blank" else request.getfixturevalue(f"{state}_postgres")

@@ -24,6 +24,9 @@ from gateway.values.assembly import AssembleRequest
 # Of the frozen cases, version 1; see test_content_detect.py.
 SHA256 = "acc7128e5c4165a8eaa138fda3d91ef13ba944fd84ae1005aaac00f23d56d102"
 
+# Of all splits; measured with the frozen cases.
+SPLIT_PASSES = 0.11
+
 THEME = "an erotic scene"
 MINOR = "somebody 12 years old"
 
@@ -161,3 +164,27 @@ def test_themes_and_persons_are_refused_in_either_order_and_spelling() -> None:
         assert (
             refusal((f"{theme} {person}",)) == refusal((f"{person}, {theme}",)) == Refusal(MINORS)
         )
+
+
+@pytest.mark.parametrize("between", [[], [""], ["", " ", ""]])
+def test_a_person_in_one_text_and_the_age_in_the_next_are_seen_together(between: list[str]) -> None:
+    """Each text was once judged alone; "a girl" in one turn and "14" in the next then passed."""
+    texts = [f"{THEME} with a girl,", *between, "14 , blonde"]
+
+    assert refusal(texts) == Refusal(MINORS)
+
+
+def test_what_is_refused_whole_is_refused_in_two_parts() -> None:
+    """All places to split each frozen case at. Between two parts a clause ends, and a few cases
+    are refused by words of one clause alone."""
+    parts = passed = 0
+    for case in read_cases():
+        words_of = " ".join(case.texts).split()
+        if case.group == "harmless":
+            continue
+        for at in range(1, len(words_of)):
+            parts += 1
+            passed += refusal([" ".join(words_of[:at]), " ".join(words_of[at:])]) is None
+
+    assert parts > 3000
+    assert passed / parts <= SPLIT_PASSES

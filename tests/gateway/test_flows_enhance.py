@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gateway import errors
 from gateway.access.caller import Caller
+from gateway.content.emergency import load_emergency
 from gateway.errors import (
     GatewayError,
     Invalid,
@@ -407,24 +408,51 @@ def test_a_model_gets_the_resolved_messages_and_the_time_that_is_left(bench: Enh
     assert question.choices[0].model_key == "qwen_instruct"
 
 
-def test_high_quality_asks_twice_and_the_second_time_about_the_answer(bench: EnhanceBench) -> None:
+def test_with_a_second_pass_the_answer_is_enhanced_once_more(bench: EnhanceBench) -> None:
     bench.models.replies = ["a fish", FINISHED]
 
-    done = bench.enhance(quality="high")
+    done = bench.enhance(params={"second_pass": True})
 
     first, second = bench.models.asked
     assert first.messages[-1].content == PROMPT
     assert second.messages[-1].content == "a fish"
     assert done.prompt == FINISHED
     assert len(done.trace["models"]) == 2
-    assert bench.log.entries[0].worker_ms == 10.0
+    assert bench.log.entries[0].worker_ms == 8.0
     assert bench.log.entries[0].messages_sha256 == messages_sha256(first.messages)
 
 
 def test_a_second_pass_that_fails_is_an_error_and_not_the_first_answer(bench: EnhanceBench) -> None:
     bench.models.replies = ["a fish", WorkerTimeout("late")]
 
-    bench.refused(WorkerTimeout, quality="high")
+    bench.refused(WorkerTimeout, params={"second_pass": True})
+
+
+def test_a_second_pass_stays_in_the_mode_that_was_decided(bench: EnhanceBench) -> None:
+    """Nothing was said of the mode, and the detector judged the model's first answer."""
+    bench.models.replies = ["a nude swimmer", FINISHED]
+
+    done = bench.enhance(params={"second_pass": True})
+
+    first, second = (question.messages[0].content for question in bench.models.asked)
+    assert done.content_mode == "sfw"
+    assert second == first
+
+
+def test_a_shorter_text_is_asked_for_in_the_mode_that_was_decided(bench: EnhanceBench) -> None:
+    sfw, nsfw = (
+        one.live.system_prompt
+        for mode in ("sfw", "nsfw")
+        for one in load_emergency().templates
+        if one.template_name == f"compression_sdxl_{mode}"
+    )
+    bench.models.replies = ["a nude swimmer in the sea " * 40, FINISHED]
+
+    done = bench.enhance()
+
+    assert done.content_mode == "sfw"
+    assert bench.models.asked[1].messages[0].content.startswith(sfw[:40])
+    assert sfw[:200] != nsfw[:200]
 
 
 def test_an_answer_by_another_model_is_marked(bench: EnhanceBench) -> None:

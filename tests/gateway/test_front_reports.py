@@ -89,7 +89,7 @@ def test_a_refresh_answers_as_the_original_and_says_who_was_slow(
     told = _json(bench.ask("POST", path, "admin user", body))
 
     assert told["success"] is True
-    assert "1 processes" in told["message"]
+    assert "1 live processes" in told["message"]
     assert told["cache_stats"]["templateCount"] == 1
     assert told["cached_data"] == {
         "template_categories": ["enhancement"],

@@ -176,7 +176,7 @@ def test_a_video_is_enhanced_for_its_own_model(bench: DeskBench) -> None:
     body = bench.queue_job(job_type="wan_video_high", **ENHANCE)
 
     assert body["enhancement_metadata"]["template_name"] == "enhancement_wan_sfw"
-    assert len(bench.enhancing.models.asked) == 2  # high: a second pass
+    assert body["enhancement_metadata"]["quality"] == "high"
 
 
 def test_a_reference_changes_by_the_modify_template(bench: DeskBench) -> None:

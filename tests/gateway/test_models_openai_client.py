@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.models import faults
-from gateway.models.addresses import is_public, read_url
+from gateway.models.addresses import read_url
 from gateway.models.exchange import Exchange
 from gateway.models.faults import ProviderError, shown
 from gateway.models.openai_client import MAX_ANSWER_BYTES, OpenAiClient, ProviderAnswer
@@ -468,31 +468,6 @@ def test_a_base_url_of_another_form_is_refused(url: str) -> None:
         read_url(url, private_allowed=True)
 
     assert caught.value.reason == faults.ADDRESS
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2606:4700::1111", True),
-        ("64:ff9b::8.8.8.8", True),
-        ("64:ff9b::10.0.0.1", False),
-        ("127.0.0.1", False),
-        ("10.1.2.3", False),
-        ("169.254.169.254", False),
-        ("100.100.100.200", False),
-        ("168.63.129.16", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("name", False),
-    ],
-)
-def test_which_addresses_are_of_the_public_internet(address: str, public: bool) -> None:
-    assert is_public(address) is public
 
 
 def test_one_private_address_among_public_ones_is_enough_to_refuse() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from gateway.errors import Conflict, Forbidden, Invalid, NotFound, TemplateFault
+from gateway.errors import Conflict, Forbidden, Invalid, NotFound, TemplateFault, TooLarge
 from gateway.store.audit import append_audit, verify_audit
 from gateway.store.character_edits import (
+    MAX_OWNED,
     change_character,
     create_character,
     remove_character,
-    remove_characters_of,
 )
 from gateway.store.database import Database
 from gateway.store.editing import edit
@@ -324,19 +324,64 @@ def test_a_user_edits_own_characters_only(filled: Database) -> None:
         change_character(editor, "mine", {"owner_id": None}, as_user="u1")
 
 
-def test_a_users_characters_go_together(filled: Database) -> None:
+def test_a_user_has_so_many_characters_and_everybody_more(filled: Database) -> None:
+    def one(number: int) -> SeedCharacter:
+        return SeedCharacter(id=f"c{number}", name="N")
+
     with edit(filled, actor="u1") as editor:
-        for number in range(3):
-            one = SeedCharacter(
-                id=f"c{number}", name="N", loras=(CharacterLora(lora_ref="a", weight=1),)
-            )
-            create_character(editor, one, owner_id="u1")
+        for number in range(MAX_OWNED):
+            create_character(editor, one(number), owner_id="u1", as_user="u1")
 
-    with edit(filled, actor="admin") as editor:
-        gone = remove_characters_of(editor, "u1")
+    with pytest.raises(TooLarge, match="50 characters, and 50"), edit(filled, actor="u1") as editor:
+        create_character(editor, one(MAX_OWNED), owner_id="u1", as_user="u1")
+    with pytest.raises(TooLarge, match="50 characters"), edit(filled, actor="admin") as editor:
+        change_character(editor, "demo-1", {"owner_id": "u1"}, as_user=None)
+    with edit(filled, actor="u1") as editor:
+        change_character(editor, "c0", {"mood": "calm"}, as_user="u1")
+        remove_character(editor, "c0", as_user="u1")
+        create_character(editor, one(MAX_OWNED), owner_id="u1", as_user="u1")
+        create_character(editor, one(MAX_OWNED + 1), owner_id="u2", as_user="u2")
+        create_character(editor, one(MAX_OWNED + 2), owner_id=None)
+    assert len(_snapshot(filled).characters) == MAX_OWNED + 3
 
-    assert gone == 3
-    assert [one.id for one in _snapshot(filled).characters] == ["demo-1"]
+
+@pytest.mark.parametrize(
+    ("most", "over", "numbers"),
+    [
+        ({"persona": "é" * 8000}, {"persona": "é" * 8001}, "8001 characters; 8000"),
+        ({"system_prompt": "x" * 8000}, {"system_prompt": "x" * 8001}, "8001 characters; 8000"),
+        ({"card": {"a": "x" * 32760}}, {"card": {"a": "x" * 32761}}, "32769 bytes as JSON; 32768"),
+        ({"card": {"a": "é" * 16380}}, {"card": {"a": "é" * 16381}}, "32770 bytes as JSON; 32768"),
+        ({"defaults": {"a": "x" * 4088}}, {"defaults": {"a": "x" * 4089}}, "4097 bytes"),
+        ({"tags": ["x" * 4092]}, {"tags": ["x" * 4093]}, "4097 bytes"),
+        (
+            {"loras": (CharacterLora(lora_ref="a", weight=1, trigger_words=("x" * 2044,)),)},
+            {"loras": (CharacterLora(lora_ref="a", weight=1, trigger_words=("x" * 2045,)),)},
+            "2049 bytes",
+        ),
+        (
+            {"loras": tuple(CharacterLora(lora_ref=str(n), weight=1) for n in range(16))},
+            {"loras": tuple(CharacterLora(lora_ref=str(n), weight=1) for n in range(17))},
+            "17 adapters; 16",
+        ),
+    ],
+)
+def test_a_text_of_an_owned_character_has_a_limit_when_made_and_when_changed(
+    filled: Database, most: dict[str, Any], over: dict[str, Any], numbers: str
+) -> None:
+    with edit(filled, actor="u1") as editor:
+        create_character(editor, SeedCharacter(id="a", name="N", **most), owner_id="u1")
+        create_character(editor, SeedCharacter(id="b", name="N"), owner_id="u1")
+        assert change_character(editor, "b", most, as_user="u1")
+        create_character(editor, SeedCharacter(id="shared", name="N", **over), owner_id=None)
+
+    with pytest.raises(TooLarge, match=numbers), edit(filled, actor="u1") as editor:
+        create_character(editor, SeedCharacter(id="c", name="N", **over), owner_id="u1")
+    with pytest.raises(TooLarge, match=numbers), edit(filled, actor="u1") as editor:
+        change_character(editor, "b", over, as_user="u1")
+    with pytest.raises(TooLarge, match=numbers), edit(filled, actor="admin") as editor:
+        change_character(editor, "shared", {"owner_id": "u1"}, as_user=None)
+    assert {one.id for one in _snapshot(filled).characters} == {"a", "b", "shared", "demo-1"}
 
 
 def test_an_error_of_a_unique_value_does_not_show_the_value(filled: Database) -> None:
@@ -371,6 +416,66 @@ def test_each_edit_is_in_the_audit_log_and_the_chain_holds(filled: Database) -> 
         "after": {"priority": 5, "match": {"quality": "high"}},
     }
     assert last.revision == editor.revision
+
+
+def _details(database: Database) -> list[Any]:
+    with database.reading() as connection:
+        found = connection.execute(select(audit_log.c.detail).order_by(audit_log.c.id))
+        return list(found.scalars())
+
+
+def test_the_audit_log_has_lengths_of_an_owned_characters_texts(filled: Database) -> None:
+    lora = CharacterLora(lora_ref="SECRET", weight=1, trigger_words=("SECRET",))
+    mine = SeedCharacter(
+        id="mine",
+        name="SECRET",
+        persona="SECRET, née.",
+        system_prompt="SECRET",
+        voice_tone="SECRET",
+        mood="SECRET",
+        tags=("SECRET",),
+        defaults={"SECRET": 1},
+        card={"SECRET": "SECRET"},
+        loras=(lora,),
+    )
+
+    with edit(filled, actor="u1") as editor:
+        create_character(editor, mine, owner_id="u1", as_user="u1")
+        changed = {"persona": "SECRET!", "loras": (replace(lora, trigger_words=("SECRET", "b")),)}
+        change_character(editor, "mine", {**changed, "is_active": False}, as_user="u1")
+        change_character(editor, "mine", {"loras": ()}, as_user="u1")
+        remove_character(editor, "mine", as_user="u1")
+
+    made, with_lora, edited, lora_edited, lora_gone, gone = _details(filled)[1:]
+    assert "SECRET" not in str([made, with_lora, edited, lora_edited, lora_gone, gone])
+    assert made["after"]["persona"] == {"length": 12}
+    assert made["after"]["card"] == {"length": len('{"SECRET":"SECRET"}')}
+    assert (made["after"]["id"], made["after"]["owner_id"]) == ("mine", "u1")
+    assert with_lora["after"]["character_id"] == "mine"
+    assert edited == {
+        "before": {"persona": {"length": 12}, "is_active": True},
+        "after": {"persona": {"length": 7}, "is_active": False},
+    }
+    assert lora_edited["after"] == {"trigger_words": {"length": len('["SECRET","b"]')}}
+    assert lora_gone["before"]["weight"] == 1
+    assert gone["before"]["content_rating"] == "sfw"
+    with filled.reading() as connection:
+        assert verify_audit(connection).broken_id is None
+
+
+def test_the_audit_log_has_no_text_of_a_character_that_gets_or_loses_its_owner(
+    filled: Database,
+) -> None:
+    with edit(filled, actor="admin") as editor:
+        given = {"owner_id": "u1", "persona": "SECRET", "loras": ()}
+        change_character(editor, "demo-1", given, as_user=None)
+        taken = {"owner_id": None, "persona": "Everybody's."}
+        change_character(editor, "demo-1", taken, as_user=None)
+        change_character(editor, "demo-1", {"persona": "Still."}, as_user=None)
+
+    details = _details(filled)[1:]
+    assert "SECRET" not in str(details)
+    assert details[-1] == {"before": {"persona": "Everybody's."}, "after": {"persona": "Still."}}
 
 
 @pytest.mark.parametrize("damage", ["changed", "taken away", "put in"])

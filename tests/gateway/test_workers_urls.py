@@ -12,7 +12,7 @@ import pytest
 from gateway.errors import Invalid, InvalidRequest
 from gateway.workers.client import Answer, CallFailed, Keys, WorkerClient, clean_request_id
 from gateway.workers.network import CheckedNetwork, left_s, until
-from gateway.workers.urls import AddressPolicy, is_public, parse_worker_url
+from gateway.workers.urls import AddressPolicy, parse_worker_url
 from tests.gateway.fake_worker import FakeWorker
 
 
@@ -66,52 +66,6 @@ def test_a_base_url_has_one_spelling(given: str, kept: str) -> None:
 def test_what_readers_of_urls_may_understand_differently_is_refused(given: object) -> None:
     with pytest.raises(InvalidRequest):
         parse_worker_url(given)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1",
-        "10.1.2.3",
-        "172.16.0.1",
-        "192.168.1.1",
-        "169.254.169.254",
-        "100.100.100.200",
-        "168.63.129.16",
-        "0.0.0.0",
-        "224.0.0.1",
-        "255.255.255.255",
-        "240.0.0.1",
-        "192.0.2.1",
-        "198.18.0.1",
-        "192.88.99.1",
-        "::",
-        "::1",
-        "::ffff:127.0.0.1",
-        "::ffff:8.8.8.8",
-        "::127.0.0.1",
-        "fc00::1",
-        "fe80::1",
-        "fe80::1%eth0",
-        "ff02::1",
-        "2001:db8::1",
-        "2001::1",
-        "2002:7f00:1::",
-        "64:ff9b::7f00:1",
-        "64:ff9b::a9fe:a9fe",
-        "3fff::1",
-        "no address",
-    ],
-)
-def test_addresses_that_are_not_public(address: str) -> None:
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize(
-    "address", ["8.8.8.8", "104.18.7.1", "2606:4700::6810:701", "64:ff9b::808:808"]
-)
-def test_addresses_that_are_public(address: str) -> None:
-    assert is_public(address)
 
 
 def test_a_name_with_a_public_and_a_private_address_is_refused_as_a_whole() -> None:

@@ -245,7 +245,8 @@ ALLOWED = {
         "gateway.values",
     },
     "gateway.migrations": set(),
-    "gateway.models": {"gateway.errors", "gateway.store", "gateway.values"},
+    "gateway.models": {"gateway.errors", "gateway.network", "gateway.store", "gateway.values"},
+    "gateway.network": set(),
     "gateway.prompts": {"gateway.content", "gateway.errors", "gateway.tokens", "gateway.values"},
     "gateway.server": {"gateway.config", "gateway.lifeline", "gateway.wsgi"},
     "gateway.store": {"gateway", "gateway.errors", "gateway.values"},
@@ -254,6 +255,7 @@ ALLOWED = {
     "gateway.workers": {
         "gateway.config",
         "gateway.errors",
+        "gateway.network",
         "gateway.prompts",
         "gateway.store",
         "gateway.tokens",

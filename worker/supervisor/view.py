@@ -49,10 +49,25 @@ def curl_lines(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     key = f' -H "Authorization: Bearer ${name}"' if needs_key else ""
     header = "-H 'Content-Type: application/json'"
     return [
+        *_gateway_lines(settings, header),
         f"curl -s http://{host}:{settings.server.chat_port}/enhance {header}{key} \\",
         """  -d '{"messages": [{"role": "user", "content": "a red circle"}], "max_tokens": 62}'""",
         f"curl -s http://{host}:{settings.server.media_port}/generate {header}{key} \\",
         """  -H 'Prefer: wait=60' -d '{"type": "sdxl_image_fast", "prompt": "a red circle"}'""",
+    ]
+
+
+def _gateway_lines(settings: Settings, header: str) -> list[str]:
+    """What to try of the prompt gateway, whose first key is in a file."""
+    if settings.gateway is None:
+        return []
+    host = settings.gateway.host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    key = settings.state_dir / "gateway" / "admin-key"
+    prompt = '{"prompt": "a green star"}'
+    return [
+        f"curl -s http://{host}:{settings.gateway.port}/functions/v1/enhance-prompt {header} \\",
+        f"""  -H "Authorization: Bearer $(cat {key})" -d '{prompt}'""",
     ]
 
 
