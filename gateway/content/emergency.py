@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gateway.content.documents import row_of, table_of
 from gateway.content.terms import DATA, read_terms
 from gateway.errors import ConfigError
+from gateway.values.documents import row_of, table_of
 from gateway.values.rows import (
     Assignment,
     Character,

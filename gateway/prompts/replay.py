@@ -10,12 +10,11 @@ pay for their JSON and hashes once.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gateway.errors import Invalid
 from gateway.prompts.chain import considered
@@ -24,12 +23,12 @@ from gateway.prompts.matching import facts_of, matching
 from gateway.prompts.negative import negative_rows
 from gateway.prompts.parameters import rows_for
 from gateway.prompts.variables import is_withheld
-from gateway.values.assembly import Assembled, AssembleRequest, Message
+from gateway.values.assembly import Assembled, AssembleRequest
+from gateway.values.documents import row_of, table_of
 from gateway.values.logentry import ConfigObject
 from gateway.values.rows import (
     Assignment,
     Character,
-    CharacterLora,
     LlmModel,
     NegativePrompt,
     ParameterSet,
@@ -37,11 +36,15 @@ from gateway.values.rows import (
     Rule,
     Snapshot,
     Template,
-    TemplateVersion,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Row = TypeVar("_Row", bound="DataclassInstance")
+
 # kind of an object: its type, and the field of Snapshot that it goes into.
-KINDS: Mapping[str, tuple[type, str]] = {
+KINDS: Mapping[str, tuple[type[Any], str]] = {
     "template": (Template, "templates"),
     "rule": (Rule, "rules"),
     "provider": (Provider, "providers"),
@@ -51,7 +54,6 @@ KINDS: Mapping[str, tuple[type, str]] = {
     "character": (Character, "characters"),
     "negative": (NegativePrompt, "negatives"),
 }
-_NESTED: Mapping[str, type] = {"live": TemplateVersion, "loras": CharacterLora, "history": Message}
 
 # Some hundreds are in use at a time; the rest are characters, and rows of snapshots that requests
 # which began earlier still hold.
@@ -88,7 +90,7 @@ def used_objects(
 
 def config_object(kind: str, row: Any) -> ConfigObject:
     """A row as it is kept. Raises Invalid for a text or number that JSON or UTF-8 cannot hold."""
-    body = _plain(row)
+    body = table_of(row)
     hashed = sha256_of({"kind": kind, "body": body})
     return ConfigObject(content_hash=hashed, kind=kind, body=body)
 
@@ -150,51 +152,19 @@ def rebuild(objects: Iterable[ConfigObject]) -> Snapshot:
 
 def request_to_json(request: AssembleRequest) -> dict[str, Any]:
     """JSON values, with every field."""
-    plain: dict[str, Any] = _plain(request)
+    plain: dict[str, Any] = table_of(request)
     return plain
 
 
 def request_from_json(body: Mapping[str, Any]) -> AssembleRequest:
     """The request of a log row. A field that is absent has its default. Raises Invalid."""
-    built = _built(AssembleRequest, body)
-    if not isinstance(built, AssembleRequest):
-        raise Invalid("it is not a request")
-    return built
+    return _built(AssembleRequest, body)
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.init
-        }
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value
-
-
-def _built(cls: type, body: Any) -> Any:
+def _built(kind: type[_Row], body: Any) -> _Row:
     if not isinstance(body, Mapping):
-        raise Invalid(f"a kept {cls.__name__} is no JSON object")
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    unknown = sorted(set(map(str, body)) - set(fields))
-    if unknown:
-        raise Invalid(f"a kept {cls.__name__} has {len(unknown)} fields that it does not know")
-    values: dict[str, Any] = {}
-    for name, value in body.items():
-        nested = _NESTED.get(name)
-        if nested is not None and isinstance(value, list):
-            values[name] = tuple(_built(nested, one) for one in value)
-        elif nested is not None:
-            values[name] = _built(nested, value)
-        elif isinstance(value, list) and str(fields[name].type).startswith("tuple"):
-            values[name] = tuple(value)
-        else:
-            values[name] = value
+        raise Invalid(f"a kept {kind.__name__} is no JSON object")
     try:
-        return cls(**values)
-    except TypeError as error:
-        raise Invalid(f"a kept {cls.__name__} lacks a field") from error
+        return row_of(kind, body)
+    except ValueError as exc:
+        raise Invalid(f"a kept row cannot be read: {exc}") from exc

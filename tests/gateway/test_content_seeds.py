@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from gateway.content import emergency
-from gateway.content.documents import row_of, table_of
 from gateway.content.emergency import (
     EMERGENCY,
     emergency_text,
@@ -38,6 +37,7 @@ from gateway.store.migration import migrate
 from gateway.store.seed import seed
 from gateway.tokens.counters import TokenCounters
 from gateway.values.assembly import AssembleRequest
+from gateway.values.documents import row_of, table_of
 from gateway.values.rows import ANY, MODES, UNIVERSAL, CharacterLora, Snapshot
 from gateway.values.seeds import SeedCharacter, Seeds
 
