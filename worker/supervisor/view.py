@@ -42,7 +42,7 @@ def table(children: Sequence[ChildReport]) -> Table:
 
 
 def curl_lines(settings: Settings, environment: Mapping[str, str]) -> list[str]:
-    """Two commands to try, right for this profile."""
+    """Commands to try, right for this profile."""
     host = "127.0.0.1" if settings.server.host in ("0.0.0.0", "::") else settings.server.host
     name = next((one for one in KEY_NAMES if environment.get(one)), None)
     needs_key = name is not None and not settings.access.keyless_inference
