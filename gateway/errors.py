@@ -12,6 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# A client of the original searches the raw body of errors for these, without regard to case, and
+# draws wrong conclusions; "information" and "maintenance" hit too.
+TRAP_WORDS = ("inf", "nan", "content policy", "inappropriate", "probability tensor")
+
+
+def has_trap_word(text: str) -> bool:
+    lowered = text.lower()
+    return any(word in lowered for word in TRAP_WORDS)
+
 
 class GatewayError(Exception):
     """The request cannot be answered; `status` and `code` say why."""

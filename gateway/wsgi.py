@@ -83,7 +83,7 @@ def build(settings: Settings) -> Flask:
     refresher = Refresher(
         database,
         ListFetcher(exchange, settings.secret),
-        instance_id=prompts.status()["instance_id"],
+        instance_id=prompts.instance_id,
         every_s=section.refresh_every_s,
         started=wall(),
         random01=random.random,

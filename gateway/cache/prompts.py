@@ -114,6 +114,11 @@ class Prompts:
         self._loading.reset()
         self._telling.reset()
 
+    @property
+    def instance_id(self) -> str:
+        """Of this process, in the list of instances and in leases."""
+        return self._instances.instance_id
+
     # --- requests -----------------------------------------------------------------------------
 
     def held(self, min_revision: int | None = None) -> Held:

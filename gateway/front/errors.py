@@ -16,13 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.exceptions import HTTPException
 
-from gateway.errors import GatewayError, Invalid, InvalidRequest
+from gateway.errors import GatewayError, Invalid, InvalidRequest, has_trap_word
 
 log = logging.getLogger(__name__)
 
-# A client of the original searches the raw body of errors for these, without regard to case, and
-# draws wrong conclusions; "information" and "maintenance" hit too.
-TRAP_WORDS = ("inf", "nan", "content policy", "inappropriate", "probability tensor")
 _NEUTRAL = "the request failed; the gateway's log has the reason under this id"
 _BUG = "unexpected error; the gateway's log has it under this id"
 MAX_NAMED = 20  # faults of a body that are named
@@ -57,11 +54,6 @@ _RANGE = frozenset(
         "value_error",
     }
 )
-
-
-def has_trap_word(text: str) -> bool:
-    lowered = text.lower()
-    return any(word in lowered for word in TRAP_WORDS)
 
 
 def register(app: Flask) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from flask import Request, request
 from werkzeug.exceptions import UnsupportedMediaType
 
-from gateway.errors import InvalidRequest, TooLarge
-from gateway.front.errors import has_trap_word
+from gateway.errors import InvalidRequest, TooLarge, has_trap_word
 
 MAX_DEPTH = 32  # of nested objects and lists; a card or match is three deep
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # 64: the column of prompt_logs

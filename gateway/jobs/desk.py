@@ -109,7 +109,7 @@ class JobDesk:
         plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)
         asked = prepare(asked, user_id, self._sign)
         plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)  # with its references as URLs
-        self._check_words(asked)
+        self._check_words(asked, plan)
         held = self._prompts.held(call.min_revision)
         prompt = self._prompt(asked, plan, call, held.snapshot)
         negative = self._negative(asked, plan, prompt.content_mode, held.snapshot)
@@ -144,11 +144,10 @@ class JobDesk:
             answer["trace"] = dict(prompt.enhanced.trace)
         return answer
 
-    def _check_words(self, asked: JobInput) -> None:
-        if asked.prompt.strip() == "" and asked.enhanced_prompt is None:
-            plan = plan_job(asked, sdxl_enabled=self._sdxl_enabled)
-            if plan.generation_mode == "txt2img":
-                raise Invalid("the prompt is empty, and the job has no picture to begin from")
+    def _check_words(self, asked: JobInput, plan: JobPlan) -> None:
+        has_words = asked.prompt.strip() or asked.enhanced_prompt is not None
+        if not has_words and plan.generation_mode == "txt2img":
+            raise Invalid("the prompt is empty, and the job has no picture to begin from")
         weights = asked.compel_weights
         terms = " ".join(map(str, weights)) if isinstance(weights, Mapping) else str(weights or "")
         original = asked.metadata.get("originalEnhancedPrompt")

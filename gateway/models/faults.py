@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.errors import ProviderFault
-
-# Words in an error make some clients take it for another one; a model's own name may hold one.
-TRAP_WORDS = ("inf", "nan", "content policy", "inappropriate", "probability tensor")
+from gateway.errors import ProviderFault, has_trap_word
 
 UNREACHABLE = "unreachable"  # no connection, a certificate that is wrong, broke off
 TIMEOUT = "timeout"
@@ -57,7 +54,6 @@ class ProviderError(ProviderFault):
 
 def shown(name: str) -> str:
     """A name that others chose, as an error may carry it: cut, one line, without a trap word."""
-    lowered = name.lower()
-    if not name.isprintable() or any(word in lowered for word in TRAP_WORDS):
+    if not name.isprintable() or has_trap_word(name):
         return "(name withheld)"
     return name[:120]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gateway.errors import ModelNotAllowed, WorkerUnavailable
+from gateway.errors import ModelNotAllowed
 from gateway.values.assembly import AssembleRequest, ModelChoice, Step
 from gateway.values.rows import ANY, Assignment, LlmModel, Provider, Snapshot
 
@@ -31,8 +31,8 @@ class Chain:
 
 
 def model_chain(snapshot: Snapshot, request: AssembleRequest) -> Chain:
-    """Raises WorkerUnavailable where models only cannot be asked for now (request.unavailable),
-    ModelNotAllowed where none is left for other reasons; `fields` has each with its reason."""
+    """Raises ModelNotAllowed where none is left; `fields` has each with its reason. Which of them
+    rest after failures is looked at when they are asked (gateway/models/runner.py)."""
     if not request.task:
         why = "the request asks for no model"
         return Chain((), (Step(step="model", outcome="none", why=why),), None)
@@ -42,7 +42,6 @@ def model_chain(snapshot: Snapshot, request: AssembleRequest) -> Chain:
     steps: list[Step] = []
     skipped: list[dict[str, str]] = []
     first: LlmModel | None = None
-    only_for_now = False
     for key, assignment, source in _candidates(snapshot, request):
         if any(one.model_key == key for one in choices):
             continue
@@ -50,9 +49,6 @@ def model_chain(snapshot: Snapshot, request: AssembleRequest) -> Chain:
         provider = None if model is None else providers.get(model.provider_id)
         reason = _why_not(request, assignment, model, provider)
         detail = {"model_key": key, "source": source}
-        if reason is None and key in request.unavailable:
-            reason = request.unavailable[key] or "it cannot be asked now"
-            only_for_now = True
         if model is None or provider is None or reason is not None:
             reason = reason or ""  # _why_not has one for every row that is not there
             steps.append(Step(step="model", outcome="skipped", why=reason, detail=detail))
@@ -71,10 +67,6 @@ def model_chain(snapshot: Snapshot, request: AssembleRequest) -> Chain:
     if choices:
         return Chain(tuple(choices), tuple(steps), first)
     what = f"no model can be asked for {request.modality}/{request.task}: {len(skipped)} skipped"
-    if only_for_now:
-        raise WorkerUnavailable(
-            f"{what}, some only for now; try later", fields={"skipped": skipped}
-        )
     raise ModelNotAllowed(f"{what}; assign an active model", fields={"skipped": skipped})
 
 

@@ -60,8 +60,6 @@ class AssembleRequest:
     modality: str = "chat"
     task: str = "enhancement"
     params: Mapping[str, Any] = field(default_factory=dict)  # sampling that the caller gave
-    # Model keys that may not be asked now, with the reason ("cooldown until 12.5 s", …).
-    unavailable: Mapping[str, str] = field(default_factory=dict)
     user_id: str | None = None
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 
 from tokenizers import Tokenizer
 
@@ -25,22 +24,20 @@ _START, _END = "<|im_start|>", "<|im_end|>"
 
 
 class ChatmlTokenizer:
-    """One tokenizer.json. The library's object is used under the lock; any thread."""
+    """One tokenizer.json. Never changes; any thread (why: gateway/tokens/counters.py)."""
 
     def __init__(self, sha256: str, tokenizer: Tokenizer, start: int, end: int):
         self.sha256 = sha256  # of the file, as a receipt has it
         self._tokenizer = tokenizer
         self._start = start
         self._end = end
-        self._lock = Lock()  # a fast tokenizer used by two threads says "Already borrowed"
 
     def ids(self, messages: Iterable[Message]) -> list[int]:
-        with self._lock:
-            found: list[int] = []
-            for message in messages:
-                text = f"{message.role}\n{message.content}"
-                found += [self._start, *self._encode(text), self._end, *self._encode("\n")]
-            return [*found, self._start, *self._encode("assistant\n")]
+        found: list[int] = []
+        for message in messages:
+            text = f"{message.role}\n{message.content}"
+            found += [self._start, *self._encode(text), self._end, *self._encode("\n")]
+        return [*found, self._start, *self._encode("assistant\n")]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -15,7 +15,7 @@ import httpcore
 import httpx
 
 from gateway.config import Settings
-from gateway.errors import ConfigError, Invalid
+from gateway.errors import ConfigError, Invalid, has_trap_word
 from gateway.network.addresses import Resolver, system_addresses
 from gateway.workers.network import CheckedNetwork, CheckedTransport, until
 from gateway.workers.urls import AddressPolicy, parse_worker_url
@@ -31,8 +31,6 @@ MAX_RETRY_AFTER_S = 3600.0
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # What a worker may call an error; anything else of it is not shown to our callers.
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,59}")
-# One client of ours searches error bodies for these, anywhere, and misreads what it finds.
-TRAPS = ("inf", "nan", "content policy", "inappropriate", "probability tensor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +54,7 @@ class Answer:
     def error_code(self) -> str | None:
         """The worker's own word for its error, where it is one that can be shown."""
         code = (self.object() or {}).get("error_code")
-        if not isinstance(code, str) or not _CODE.fullmatch(code) or has_trap(code):
+        if not isinstance(code, str) or not _CODE.fullmatch(code) or has_trap_word(code):
             return None
         return code
 
@@ -239,12 +237,6 @@ def clean_request_id(request_id: str, suffix: str = "") -> str:
     kept = re.sub(r"[^A-Za-z0-9._-]", "-", request_id)[: 128 - len(suffix)]
     made = f"{kept or 'gateway'}{suffix}"
     return made if _ID.fullmatch(made) else "gateway"
-
-
-def has_trap(text: str) -> bool:
-    """Whether `text` has one of the words that no error may contain."""
-    lowered = text.lower()
-    return any(trap in lowered for trap in TRAPS)
 
 
 def _json_object(raw: bytes) -> dict[str, Any] | None:

@@ -401,7 +401,6 @@ def random_request(seed: int) -> AssembleRequest:
         model=draw.one((None, *MODELS, "unheard_of")),
         task=draw.one(("enhancement", "enhancement", "roleplay", "")),
         params=draw.params() if draw.maybe(0.5) else {},
-        unavailable={draw.one(MODELS): "cooldown"} if draw.maybe(0.2) else {},
         user_id=draw.one((None, "u1")),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.front.errors import has_trap_word
+from gateway.errors import has_trap_word
 from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.flow_parts import DARIO, MINOR, ORLA, THEME, Routes
 

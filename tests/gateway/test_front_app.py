@@ -18,6 +18,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from gateway.access.caller import Scope
 from gateway.errors import (
+    TRAP_WORDS,
     Conflict,
     GatewayError,
     InvalidRequest,
@@ -25,11 +26,11 @@ from gateway.errors import (
     TemplateNotFound,
     TooLarge,
     WorkerBusy,
+    has_trap_word,
 )
 from gateway.front import revision
 from gateway.front.access import needs
 from gateway.front.app import FUNCTION_ROUTES
-from gateway.front.errors import TRAP_WORDS, has_trap_word
 from gateway.front.limits import MAX_DEPTH, parse_object
 from gateway.front.services import Services
 from tests.gateway.conftest import MakeDatabase

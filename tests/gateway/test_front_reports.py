@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import StoreUnavailable
-from gateway.front.errors import has_trap_word
+from gateway.errors import StoreUnavailable, has_trap_word
 from tests.gateway.conftest import MakeDatabase
 from tests.gateway.front_parts import TEMPLATE, Bench
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from gateway.errors import QueueUnavailable
-from gateway.front.errors import has_trap_word
+from gateway.errors import QueueUnavailable, has_trap_word
 from gateway.jobs.signatures import Signatures
 from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.flow_parts import (

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
-import pytest
-
-from gateway.models.assignments import Flag, default_key, defaults, flags
+from gateway.models.assignments import default_key, defaults
 from gateway.models.catalogue import catalogue_body
 from gateway.values.rows import Assignment, LlmModel, Provider, Snapshot
 
@@ -123,34 +121,3 @@ def test_the_default_is_of_the_task_that_is_asked_for() -> None:
 def test_an_inactive_assignment_is_no_default() -> None:
     assert default_key(with_assignment(is_active=False), "chat", "enhancement") is None
     assert defaults(SNAPSHOT) == {("chat", "enhancement"): ENHANCES}
-
-
-@pytest.mark.parametrize(
-    ("snapshot", "why"),
-    [
-        (with_assignment(is_default=False), "no active default"),
-        (with_assignment(llm_model_id=99), "its model is not in the catalogue"),
-        (
-            replace(SNAPSHOT, models=(replace(QWEN, is_active=False),)),
-            "its model or provider is switched off",
-        ),
-        (
-            replace(SNAPSHOT, providers=(replace(WORKER, is_active=False),)),
-            "its model or provider is switched off",
-        ),
-        (
-            replace(SNAPSHOT, models=(replace(QWEN, missing_since="2026-03-01"),)),
-            "its provider has not listed it since 2026-03-01",
-        ),
-    ],
-)
-def test_a_task_whose_default_needs_a_person_is_flagged(snapshot: Snapshot, why: str) -> None:
-    (flag,) = flags(snapshot)
-
-    key = None if why == "no active default" else "qwen_instruct"
-    assert flag == Flag("chat", "enhancement", key, why)
-
-
-def test_a_good_default_and_a_task_that_nobody_does_are_not_flagged() -> None:
-    assert flags(SNAPSHOT) == ()
-    assert flags(with_assignment(is_active=False, is_default=False)) == ()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 
-from gateway.errors import ModelNotAllowed, WorkerUnavailable
+from gateway.errors import ModelNotAllowed
 from gateway.prompts.chain import Chain, model_chain
 from gateway.values.assembly import AssembleRequest
 from gateway.values.rows import ANY, Assignment, LlmModel, Provider, Snapshot
@@ -90,7 +90,6 @@ def test_a_choice_goes_first_and_stands_once() -> None:
         (assign(9, "cut"), "its provider is switched off"),
         (assign(9, "orphan"), "its provider is not there"),
         (assign(9, "never"), "its catalogue row is not there"),
-        (assign(9, "spare"), "cooldown until 12.5 s"),
     ],
 )
 def test_a_choice_that_cannot_be_asked_is_skipped_with_its_reason(
@@ -100,7 +99,6 @@ def test_a_choice_that_cannot_be_asked_is_skipped_with_its_reason(
         assign(1, "own", is_default=True),
         assignment,
         model=assignment.model_key,
-        unavailable={"spare": "cooldown until 12.5 s"},
     )
 
     assert order(found) == [("own", "default")]
@@ -127,11 +125,6 @@ def test_no_model_left_is_an_error_with_every_reason() -> None:
     assert [one["model_key"] for one in at.value.fields["skipped"]] == ["cut", "gone"]
 
 
-def test_no_model_left_only_for_now_is_no_fault_of_the_caller() -> None:
-    with pytest.raises(WorkerUnavailable, match="only for now"):
-        chain(assign(1, "own", is_default=True), unavailable={"own": "cooldown"})
-
-
 def test_a_request_without_a_task_wants_no_model() -> None:
     found = chain(assign(1, "spare", ANY), task="")
 
@@ -146,7 +139,7 @@ def test_every_model_of_a_chain_may_be_asked_and_is_of_the_task(
 ) -> None:
     try:
         found = model_chain(rows, request)
-    except (ModelNotAllowed, WorkerUnavailable):
+    except ModelNotAllowed:
         found = Chain((), (), None)
     assume(request.task)
 
@@ -162,7 +155,6 @@ def test_every_model_of_a_chain_may_be_asked_and_is_of_the_task(
             if row.model_key == one.model_key and row.is_active and row.modality == "chat"
         }
         assert (ANY if one.source == "last_resort" else request.task) in tasks
-        assert one.model_key not in request.unavailable
         assert one.source != "user" or one.model_key == request.model
     # Nothing that may be asked is missing.
     for row in rows.assignments:
@@ -185,7 +177,7 @@ def test_models_of_another_task_change_nothing(rows: Snapshot, request: Assemble
     def outcome(of: Snapshot) -> object:
         try:
             return model_chain(of, request)
-        except (ModelNotAllowed, WorkerUnavailable) as error:
+        except ModelNotAllowed as error:
             return (type(error), error.fields)
 
     assert outcome(rows) == outcome(without)

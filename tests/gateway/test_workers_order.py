@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import (
+    TRAP_WORDS,
     AttestationFailed,
     GatewayError,
     TooLarge,
@@ -18,7 +19,7 @@ from gateway.errors import (
     WorkerUnavailable,
 )
 from gateway.workers import order
-from gateway.workers.client import TRAPS, Answer
+from gateway.workers.client import Answer
 from gateway.workers.health import Health
 from gateway.workers.order import Attempt, attempt_s, final_error, in_order, outcome_of
 from gateway.workers.registry import Worker
@@ -146,7 +147,7 @@ def test_of_several_failures_the_one_that_matters_most_is_told(
 
     assert type(told) is error
     assert [one["outcome"] for one in told.fields["worker_attempts"]] == outcomes
-    assert not any(trap in f"{told} {told.code} {told.fields}".lower() for trap in TRAPS)
+    assert not any(trap in f"{told} {told.code} {told.fields}".lower() for trap in TRAP_WORDS)
 
 
 def test_a_prompt_that_is_too_long_for_a_worker_is_too_large() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from gateway.errors import (
+    TRAP_WORDS,
     AttestationFailed,
     GatewayError,
     Invalid,
@@ -24,7 +25,7 @@ from gateway.errors import (
 )
 from gateway.values.assembly import Message
 from gateway.workers.attester import Attester
-from gateway.workers.client import TRAPS, Keys, WorkerClient
+from gateway.workers.client import Keys, WorkerClient
 from gateway.workers.health import Health
 from gateway.workers.pool import Completion, WorkerPool
 from gateway.workers.registry import Worker
@@ -386,7 +387,7 @@ def test_no_error_holds_the_prompt_a_url_or_a_word_that_clients_misread(
     told_text = json.dumps([str(told.value), told.value.code, told.value.fields])
     assert PROMPT not in told_text
     assert worker.url not in told_text
-    assert not any(trap in told_text.lower() for trap in TRAPS)
+    assert not any(trap in told_text.lower() for trap in TRAP_WORDS)
 
 
 def test_a_code_of_a_worker_with_such_a_word_is_not_passed_on(bench: Bench) -> None:

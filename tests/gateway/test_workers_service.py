@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import GatewaySection, Settings
-from gateway.errors import ConfigError, InvalidRequest
+from gateway.errors import TRAP_WORDS, ConfigError, InvalidRequest, has_trap_word
 from gateway.store.database import Database
 from gateway.values.assembly import Message
 from gateway.workers.chatml import load_chatml
-from gateway.workers.client import TRAPS, has_trap
 from gateway.workers.service import chat_tokenizers, make_workers
 from tests.gateway.conftest import MakeDatabase
 from tests.gateway.fake_worker import FakeWorker
@@ -125,7 +124,7 @@ def test_a_key_that_no_header_can_carry_stops_the_start_and_is_not_shown(
     assert "s3cr" not in str(told.value)
 
 
-@pytest.mark.parametrize("word", TRAPS)
+@pytest.mark.parametrize("word", TRAP_WORDS)
 def test_words_that_clients_misread_are_found_in_any_casing(word: str) -> None:
-    assert has_trap(f"xx{word.upper()}xx")
-    assert not has_trap("a worker is busy")
+    assert has_trap_word(f"xx{word.upper()}xx")
+    assert not has_trap_word("a worker is busy")

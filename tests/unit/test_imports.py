@@ -356,7 +356,7 @@ GATEWAY_LIBRARIES = {
     "pydantic": {"gateway.config", "gateway.front"},
     "pydantic_core": {"gateway.front"},
     "rich": {"gateway.cli"},
-    "_typeshed": {"gateway.cache", "gateway.content"},  # for the type checker alone
+    "_typeshed": {"gateway.prompts", "gateway.values"},  # for the type checker alone
 }
 
 OURS = {"worker", "gateway"}
