@@ -177,7 +177,8 @@ def make_media(
     from worker.jobs import runner as runner_module
     from worker.jobs.bell import Bell
     from worker.jobs.board import Board
-    from worker.jobs.journal import JOBS_FOLDER, Journal
+    from worker.jobs.database import JOBS_FOLDER
+    from worker.jobs.journal import Journal
     from worker.jobs.results import RESULTS_FOLDER, Results
     from worker.jobs.runner import JobRunner
 

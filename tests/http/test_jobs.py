@@ -1052,7 +1052,7 @@ def test_a_job_that_cannot_be_written_down_is_refused_and_can_be_sent_again(
 ) -> None:
     job_id = media.accept()
     media.wait(job_id, *FINAL)
-    database = media.desk.journal._connection("write")
+    database = media.desk.journal._database._connection("write")
     (pages,) = database.execute("PRAGMA page_count").fetchone()
     database.execute(f"PRAGMA max_page_count = {pages}")
     body = {"prompt": "x", "id": "j-1", "note": "n" * 50_000}

@@ -849,7 +849,7 @@ def _all(bench: Bench) -> list[Job]:
 
 
 def _is_open(bench: Bench, job_id: str) -> bool:
-    database = bench.journal._connection("read")
+    database = bench.journal._database._connection("read")
     (count,) = database.execute(
         "SELECT count(*) FROM jobs WHERE id = ? AND finished_at IS NULL", (job_id,)
     ).fetchone()

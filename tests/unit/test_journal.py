@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from worker.errors import (
     NotFound,
     has_trap_word,
 )
-from worker.jobs import journal as journal_module
+from worker.jobs import database as database_module
 from worker.jobs.bell import Bell
 from worker.jobs.job import Job, Status
 from worker.jobs.journal import MAX_NESTING, Journal, NewDelivery, Upload
@@ -1268,7 +1269,7 @@ def test_a_reader_does_not_wait_for_a_writer(bench: Bench) -> None:
     """Fronts show jobs while the runner writes one down."""
     bench.add("a")
     writer = bench.another()
-    with writer._changing() as database:
+    with writer._database.changing() as database:
         database.execute("UPDATE jobs SET status = 'processing'")
 
         seen = bench.journal.get("a")
@@ -1281,11 +1282,11 @@ def test_a_reader_does_not_wait_for_a_writer(bench: Bench) -> None:
 def test_a_writer_that_waits_too_long_for_another_says_so(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "LOCK_S", 0.01)
+    monkeypatch.setattr(database_module, "LOCK_S", 0.01)
     bench.add("a")
     other = bench.another()
     other.counts()
-    with bench.journal._changing(), pytest.raises(JournalUnavailable) as caught:
+    with bench.journal._database.changing(), pytest.raises(JournalUnavailable) as caught:
         other.add(request("b"))
 
     _, is_new = other.add(request("b"))
@@ -1316,7 +1317,7 @@ def test_a_stored_job_of_another_version_keeps_no_other_one_from_being_read(
 ) -> None:
     for job_id in "abc":
         bench.add(job_id)
-    with bench.journal._changing() as database:
+    with bench.journal._database.changing() as database:
         database.execute("""UPDATE jobs SET request = '{"v": 99}' WHERE id = 'a'""")
         database.execute("UPDATE jobs SET request = '{' WHERE id = 'b'")
 
@@ -1425,7 +1426,7 @@ def dies_at(folder: Path, number: int, change: Callable[[Journal], object]) -> b
                     os.kill(os.getpid(), signal.SIGKILL)
                 left -= 1
 
-            journal._connection("write").set_trace_callback(count)
+            journal._database._connection("write").set_trace_callback(count)
             change(journal)
             code = 0
         finally:
@@ -1580,7 +1581,9 @@ def live(journal: Journal, step: tuple[Any, ...]) -> None:
 def test_whatever_happens_the_journal_agrees_with_itself(course: list[tuple[Any, ...]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         runner, front = Journal(Path(folder), Bell(), Clock()), Journal(Path(folder), Bell())
-        runner._connection("write").execute("PRAGMA synchronous = OFF")  # for the test's speed
+        runner._database._connection("write").execute(
+            "PRAGMA synchronous = OFF"
+        )  # for the test's speed
         ended: dict[int, Job] = {}
         for step in course:
             with contextlib.suppress(NotFound, Conflict):
@@ -1746,7 +1749,7 @@ def set_version(file: Path, version: int) -> None:
 
 def pages(journal: Journal, most: int) -> None:
     """Let the disk hold `most` pages of the journal; 0: as many as it has now."""
-    database = journal._connection("write")
+    database = journal._database._connection("write")
     if not most:
         (most,) = database.execute("PRAGMA page_count").fetchone()
     database.execute(f"PRAGMA max_page_count = {most}")
@@ -1911,8 +1914,36 @@ def test_nobody_else_can_read_the_journal(tmp_path: Path) -> None:
 
 def test_what_is_written_is_on_the_disk_when_the_method_returns(bench: Bench) -> None:
     bench.journal.counts()
-    database = bench.journal._connection("write")
+    database = bench.journal._database._connection("write")
 
     assert database.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
     assert database.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert database.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+
+
+def test_a_new_file_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        journals = [Journal(folder, Bell()) for _ in range(3)]
+        gate = threading.Barrier(2 * len(journals))
+
+        def look(journal: Journal, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            journal.check()
+
+        def add(journal: Journal, job_id: str, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            journal.add(request(job_id))
+
+        with ThreadPoolExecutor(gate.parties) as threads:
+            done = [threads.submit(look, journal) for journal in journals]
+            done += [
+                threads.submit(add, journal, f"job-{number}")
+                for number, journal in enumerate(journals)
+            ]
+            for one in done:
+                one.result()
+
+        assert journals[0].counts()["queued"] == len(journals)
+        for journal in journals:
+            journal.close()

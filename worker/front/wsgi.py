@@ -20,7 +20,8 @@ from worker.front.drain import Drainer
 from worker.front.media import JobDesk
 from worker.jobs.bell import Bell
 from worker.jobs.board import Board
-from worker.jobs.journal import JOBS_FOLDER, Journal
+from worker.jobs.database import JOBS_FOLDER
+from worker.jobs.journal import Journal
 from worker.jobs.results import RESULTS_FOLDER, Results
 from worker.jobs.watch import RUNNER, RunnerWatch
 from worker.protocol.control import ask_orchestrator

@@ -6,16 +6,12 @@ process alone. A change is on the disk when its method returns.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +22,14 @@ from worker.errors import (
     Busy,
     Conflict,
     InvalidRequest,
-    JournalUnavailable,
     NotFound,
     WorkerError,
 )
 from worker.jobs.bell import Bell
+from worker.jobs.database import Database
 from worker.jobs.decode import JobRequest
 from worker.jobs.job import Job, Status
 from worker.jobs.schedule import Waiting
-from worker.jobs.schema import migrate
 from worker.jobs.stored import from_json, to_json
 from worker.jobs.types import JOB_TYPES
 from worker.protocol.messages import AssetFile, RenderParams
@@ -42,9 +37,7 @@ from worker.storage.deliver import Delivery
 
 log = logging.getLogger(__name__)
 
-JOBS_FOLDER = "jobs"  # in the state folder
 HTTP = "http"  # the source of jobs that came over HTTP
-LOCK_S = 10.0  # how long a write waits for another process's
 TYPICAL_JOB_S = 20.0  # until one has completed
 LEARN_FROM = 20  # completed jobs that Retry-After is computed from
 # Of a body. Python reads JSON less deep the deeper it is called, so that what one thread has
@@ -78,38 +71,19 @@ class Upload:
 
 
 class Journal:
-    """One database. Any thread; several processes may have one each.
-
-    Two connections, each under its lock: a reader never waits for another thread's fsync.
-    """
+    """What happens to jobs, in one database. Any thread; several processes may have one each."""
 
     def __init__(self, folder: Path, bell: Bell, clock: Callable[[], float] = time.time):
         """folder: for the database alone; made, for this user only, at the first use."""
-        self.path = folder / "journal.sqlite3"
-        self._bell = bell
+        self._database = Database(folder / "journal.sqlite3", bell)
         self._clock = clock
-        self._locks = {"read": threading.RLock(), "write": threading.RLock()}
-        self._connections: dict[str, sqlite3.Connection] = {}
 
     def check(self) -> None:
         """Look whether it is whole. Raises JournalUnavailable with what to do."""
-        with self._reading() as database:
-            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise JournalUnavailable(
-                f"the journal of jobs ({JOBS_FOLDER}/{self.path.name} in the state folder) is "
-                f"damaged ({verdict}); stop the daemon, keep a copy, and try: sqlite3 "
-                f"{self.path.name} .recover, or move it away to begin a new one"
-            )
+        self._database.check()
 
     def close(self) -> None:
-        for lock in self._locks.values():
-            lock.acquire()
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
-        for lock in self._locks.values():
-            lock.release()
+        self._database.close()
 
     # --- fronts and the intake -----------------------------------------------------------------
 
@@ -134,7 +108,7 @@ class Journal:
         """
         if given is not None and not _can_be_kept(given):
             raise InvalidRequest(f"the body is nested more than {MAX_NESTING} deep")
-        with self._changing() as database:
+        with self._database.changing() as database:
             known = self._known(database, request.job_id, key)
             for job, body_sha256 in known:  # refused before, and the worker has changed since
                 if not body_sha256 and job.given == given:
@@ -179,7 +153,7 @@ class Journal:
         another body."""
         if not _can_be_kept(given):
             given = {}
-        with self._changing() as database:
+        with self._database.changing() as database:
             for known, _ in self._known(database, job_id, None):
                 if known.given != given:
                     raise Conflict("this id was used with another body")
@@ -196,7 +170,7 @@ class Journal:
 
     def wish_cancel(self, job_id: str) -> Job:
         """Ask the runner for the end of a job. Raises NotFound."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             job = self._get(database, job_id)
             if not job.status.is_final:
                 database.execute(
@@ -208,7 +182,7 @@ class Journal:
 
     def get(self, job_id: str) -> Job:
         """Raises NotFound, JournalUnavailable."""
-        with self._reading() as database:
+        with self._database.reading() as database:
             return self._get(database, job_id)
 
     def position(self, job: Job) -> int | None:
@@ -275,7 +249,7 @@ class Journal:
 
         Jobs whose files were there stay: only their uploads go on.
         """
-        with self._changing() as database:
+        with self._database.changing() as database:
             rows = database.execute(
                 "UPDATE jobs SET status = 'queued', restarts = restarts + 1 "
                 "WHERE status = 'processing' AND assets = '[]' RETURNING id"
@@ -284,7 +258,7 @@ class Journal:
 
     def claim(self, job_id: str, deliveries: Callable[[Job], Sequence[NewDelivery]]) -> Job | None:
         """Begin a queued job; None when it is no longer queued."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             row = database.execute(
                 "UPDATE jobs SET status = 'processing', started_at = coalesce(started_at, ?), "
                 "starts = starts + 1 WHERE id = ? AND status = 'queued' RETURNING number",
@@ -303,7 +277,7 @@ class Journal:
 
     def requeue(self, job_id: str, *, after_s: float = 0.0, engine_died: bool = False) -> None:
         """A job that was begun waits for another try."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE jobs SET status = 'queued', not_before = ?, attempts = attempts + ? "
                 "WHERE id = ? AND status = 'processing'",
@@ -320,7 +294,7 @@ class Journal:
         deliveries: Callable[[Job], Sequence[NewDelivery]],
     ) -> Job:
         """Its files are published; without uploads it is complete."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             job = self._get(database, job_id)
             if job.status is not Status.PROCESSING or job.assets:
                 return job
@@ -359,7 +333,7 @@ class Journal:
         deliveries: Callable[[Job], Sequence[NewDelivery]],
     ) -> Job:
         """It has failed or was cancelled. A final job stays as it is."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             self._end(database, job_id, status, error, error_code, deliveries)
             return self._get(database, job_id)
 
@@ -376,14 +350,14 @@ class Journal:
 
     def upload_saved(self, upload: Upload, saved: dict[str, Any]) -> None:
         """Where an interrupted upload would go on."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE uploads SET saved = ? WHERE job_id = ? AND place = ?",
                 (json.dumps(saved), upload.job_id, upload.place),
             )
 
     def upload_failed(self, upload: Upload, error: str, after_s: float) -> None:
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE uploads SET attempts = attempts + 1, error = ?, next_at = ? "
                 "WHERE job_id = ? AND place = ?",
@@ -395,7 +369,7 @@ class Journal:
     ) -> Job | None:
         """It is in the store; with the last one the job is complete. None when the job has been
         forgotten meanwhile."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE uploads SET done = 1, error = NULL WHERE job_id = ? AND place = ?",
                 (upload.job_id, upload.place),
@@ -419,7 +393,7 @@ class Journal:
 
     def delivery_state(self, delivery_id: int, state: str, error: str | None = None) -> None:
         """delivered, or dead; one that became void meanwhile needs not be told any more."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE deliveries SET state = ?, error = ?, attempts = attempts + 1 "
                 "WHERE id = ? AND (state = 'waiting' OR ? = 'delivered')",
@@ -427,7 +401,7 @@ class Journal:
             )
 
     def delivery_failed(self, delivery_id: int, error: str, after_s: float) -> None:
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "UPDATE deliveries SET attempts = attempts + 1, error = ?, next_at = ? "
                 "WHERE id = ? AND state = 'waiting'",
@@ -462,13 +436,13 @@ class Journal:
 
     def let_go(self, job_id: str) -> None:
         """Nothing of it lies in a processing list any more."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute("UPDATE jobs SET element = NULL WHERE id = ?", (job_id,))
 
     def hand_over(self, job_id: str) -> bool:
         """Forget a job that has not begun, because another worker shall have it. False when it
         has begun."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             done = database.execute(
                 "DELETE FROM jobs WHERE id = ? AND status = 'queued' AND starts = 0", (job_id,)
             )
@@ -495,7 +469,7 @@ class Journal:
     def forget(self, job_ids: Sequence[str]) -> list[str]:
         """Remove finished jobs; SHA-256 of the files that no other job has."""
         gone: set[str] = set()
-        with self._changing() as database:
+        with self._database.changing() as database:
             for job_id in job_ids:
                 rows = database.execute("SELECT sha256 FROM blobs WHERE job_id = ?", (job_id,))
                 gone |= {row["sha256"] for row in rows}
@@ -513,7 +487,7 @@ class Journal:
 
     def disown(self, job_id: str) -> None:
         """Forget a job without files, because another worker has it; nobody is told."""
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 "DELETE FROM jobs WHERE id = ? AND finished_at IS NULL AND assets = '[]'", (job_id,)
             )
@@ -522,7 +496,7 @@ class Journal:
         """Elements of ended jobs from lists that are no longer read lie there for ever; here they
         hold nothing up."""
         marks = ", ".join("?" for _ in sources)
-        with self._changing() as database:
+        with self._database.changing() as database:
             database.execute(
                 f"UPDATE jobs SET element = NULL WHERE source NOT IN ({marks}) "
                 "AND finished_at IS NOT NULL",
@@ -652,104 +626,11 @@ class Journal:
         return [_job(row) for row in self._all(f"{_JOB} {where} ORDER BY number", values)]
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._reading() as database:
+        with self._database.reading() as database:
             return database.execute(sql, values).fetchall()
 
     def _one(self, sql: str, values: Sequence[Any] = ()) -> Any:
         return self._all(sql, values)[0][0]
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._locks["read"], self._explained():
-            yield self._connection("read")
-
-    @contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
-        with self._locks["write"], self._explained():
-            database = self._connection("write")
-            database.execute("BEGIN IMMEDIATE")
-            try:
-                yield database
-                database.execute("COMMIT")
-            except BaseException:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                raise
-        self._bell.ring()
-
-    def _connection(self, name: str) -> sqlite3.Connection:
-        if name not in self._connections:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._create()
-            database = sqlite3.connect(
-                self.path, timeout=LOCK_S, isolation_level=None, check_same_thread=False
-            )
-            try:
-                database.row_factory = sqlite3.Row
-                database.execute("PRAGMA journal_mode = WAL")
-                database.execute("PRAGMA synchronous = FULL")
-                database.execute("PRAGMA foreign_keys = ON")
-                migrate(database)
-            except BaseException:
-                database.close()
-                raise
-            self._connections[name] = database
-        return self._connections[name]
-
-    def _create(self) -> None:
-        """Make the file for this user only: bodies and secrets of webhooks are in it. SQLite gives
-        its other files the same mode.
-
-        One that is there is left closed: to close a file gives up every lock that this process
-        holds on it (POSIX), and then another process, ending, would take itself for the last one
-        and remove the log that this one still writes to.
-        """
-        try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except FileExistsError:
-            return
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as exc:
-            raise JournalUnavailable(
-                f"the journal of jobs ({JOBS_FOLDER}/{self.path.name} in the state folder) cannot "
-                f"be used ({_reason(exc)}); {_cure(exc)}",
-                retry_after_s=5,
-            ) from exc
-
-
-_AS_SQLITE_SAYS: dict[int | None, int] = {
-    errno.ENOSPC: sqlite3.SQLITE_FULL,
-    errno.EDQUOT: sqlite3.SQLITE_FULL,
-    errno.EACCES: sqlite3.SQLITE_PERM,
-    errno.EPERM: sqlite3.SQLITE_PERM,
-    errno.EROFS: sqlite3.SQLITE_READONLY,
-}
-
-
-def _reason(exc: Exception) -> str:
-    """Without paths, which are nobody's business who asks over HTTP."""
-    return (exc.strerror or "no access") if isinstance(exc, OSError) else str(exc)
-
-
-def _cure(exc: Exception) -> str:
-    code = getattr(exc, "sqlite_errorcode", None)
-    match code & 0xFF if code is not None else _AS_SQLITE_SAYS.get(getattr(exc, "errno", None)):
-        case sqlite3.SQLITE_FULL:
-            return "its disk is full: make room there, nothing that was accepted is lost"
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-            return "its folder must be writable for the daemon's user"
-        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return (
-                "it is damaged: stop the daemon, keep a copy, recover it with sqlite3's .recover "
-                "or move it away to begin a new one"
-            )
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return "something else holds it; try again"
-    return "look at its disk and at the folder's permissions"
 
 
 def _can_be_kept(given: dict[str, Any]) -> bool:

@@ -20,10 +20,11 @@ from worker.config import Settings
 from worker.jobs.announce import MEDIA
 from worker.jobs.bell import Bell
 from worker.jobs.board import Board
+from worker.jobs.database import JOBS_FOLDER
 from worker.jobs.decode import JobRequest, decode_job
 from worker.jobs.intake import Intake
 from worker.jobs.job import Status
-from worker.jobs.journal import JOBS_FOLDER, Journal
+from worker.jobs.journal import Journal
 from worker.jobs.outbox import Outbox
 from worker.jobs.pictures import Wanted
 from worker.jobs.registration import public_urls, registration_from_environment
