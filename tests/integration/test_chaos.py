@@ -11,6 +11,7 @@ import signal
 import statistics
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(tmp_path: Path) -> None:
         engine_died_at = -9
         for run in range(RUNS):
             over_http, from_list = f"h{run}", supabase.functions.add_job(row_id(run))
-            assert pod.post(body(over_http, 2 * run)).status_code == 202
+            _post(pod, body(over_http, 2 * run))
             pushing.rpush("sdxl_queue", as_pushed(body(from_list, 2 * run + 1)))
             time.sleep(chance.uniform(0, 0.12))
             name = chance.choice(PROCESSES)
@@ -81,7 +82,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(tmp_path: Path) -> None:
     _print(recoveries)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_no_job_is_dropped_by_a_drain(tmp_path: Path) -> None:
     """SIGTERM to the runner while jobs run, wait, and come in."""
     with (
@@ -94,17 +95,27 @@ def test_no_job_is_dropped_by_a_drain(tmp_path: Path) -> None:
             for number in range(3):
                 job_id = supabase.functions.add_job(row_id(3 * run + number))
                 pushing.rpush("sdxl_queue", as_pushed(body(job_id, 3 * run + number)))
-            assert pod.post(body(f"h{run}", 3 * run)).status_code == 202
+            _post(pod, body(f"h{run}", 3 * run))
             time.sleep(0.02 * (run % 7))
             assert pod.end("runner") in (0, -signal.SIGTERM)  # the second: it had just begun
             pod.start("runner")
         _wait_until_idle(pod)
-        eventually(
-            lambda: _finished(supabase) == 3 * DRAINS, SETTLE_S, lambda: str(_finished(supabase))
-        )
+        _wait_for_list_jobs(pod, supabase, 3 * DRAINS)
         statuses = [pod.get(f"/jobs/h{run}").json()["status"] for run in range(DRAINS)]
         assert statuses == ["completed"] * DRAINS
         pushing.close()
+
+
+def _post(pod: Pod, job: dict[str, Any]) -> None:
+    """Until it is accepted: on a slow machine jobs come faster than they are made, and are refused
+    with 429 where too many wait."""
+
+    def accepted() -> bool:
+        answer = pod.post(job)
+        assert answer.status_code in (202, 429), answer.text
+        return answer.status_code == 202
+
+    eventually(accepted, SETTLE_S, pod.describe)
 
 
 def _kill_and_start(pod: Pod, name: str) -> float:
@@ -125,6 +136,19 @@ def _wait_until_idle(pod: Pod) -> None:
         return bool(counts) and counts["queued"] == counts["processing"] == 0
 
     eventually(idle, SETTLE_S, lambda: f"{pod.get('/status').text}\n{pod.describe()}")
+
+
+def _wait_for_list_jobs(pod: Pod, supabase: Supabase, count: int) -> None:
+    """As long as more are finished: each drain leaves some to do, so that they pile up."""
+    done = 0
+    while done < count:
+        before = done
+        eventually(partial(_more_are_finished, supabase, before), SETTLE_S, pod.describe)
+        done = _finished(supabase)
+
+
+def _more_are_finished(supabase: Supabase, than: int) -> bool:
+    return _finished(supabase) > than
 
 
 def _check_http_jobs(pod: Pod) -> None:
