@@ -1,7 +1,8 @@
-"""Fetch the files of catalog models from their Hugging Face repositories, and verify them.
+"""Fetch the files of the catalog's models from their Hugging Face repositories, and verify them.
 
-    python scripts/fetch_models.py --profile NAME    what that profile serves
-    python scripts/fetch_models.py MODEL_ID ...      these; what is there is hashed again
+    python scripts/fetch_models.py --profile NAME    the models that this profile serves
+    python scripts/fetch_models.py ID ...            these models and adapters; what is there is
+                                                     hashed again
     python scripts/fetch_models.py --list            what is known, and what of it is here
     python scripts/fetch_models.py --verify          hash what is here, without any network
 
@@ -43,10 +44,10 @@ from rich.progress import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from worker.catalog import ModelSpec, chat_catalog, media_catalog
-from worker.config import Chat, Media, ModelEntry, Settings, Source, load_settings
+from worker.catalog import AdapterSpec, ModelSpec, adapter_spec, chat_catalog, media_catalog
+from worker.config import AdapterEntry, Chat, Media, ModelEntry, Settings, Source, load_settings
 from worker.errors import ConfigError
-from worker.modelfiles import MANIFEST, check_files
+from worker.modelfiles import MANIFEST, check_adapter, check_files
 
 HUB = "https://huggingface.co"
 AGAIN = "run the same command again, it resumes"
@@ -56,6 +57,7 @@ LONGEST_WAIT_S = 300.0  # the hub counts requests in windows of five minutes
 BLOCK = 8 << 20
 
 T = TypeVar("T")
+Entry = ModelEntry | AdapterEntry
 
 
 class FetchError(Exception):
@@ -86,7 +88,7 @@ class Folder:
 
     source: Source
     path: Path  # holds the manifest
-    only: str | None = None  # the file's name, of a model that is one file
+    only: str | None = None  # the file's name, of what is one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,10 @@ def main(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fetch_models.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL_ID", help="default: what is served")
-    parser.add_argument("--all", action="store_true", help="every model of catalog and profile")
+    parser.add_argument("models", nargs="*", metavar="ID", help="default: the models served")
+    parser.add_argument(
+        "--all", action="store_true", help="every model and adapter of catalog and profile"
+    )
     parser.add_argument("--profile", default="demo", metavar="NAME|PATH", help="default: demo")
     parser.add_argument("--models-dir", metavar="DIR", help="instead of VERBATIM_MODELS_DIR")
     mode = parser.add_mutually_exclusive_group()
@@ -148,24 +152,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def choose(args: argparse.Namespace, settings: Settings) -> list[ModelEntry]:
+def choose(args: argparse.Namespace, settings: Settings) -> list[Entry]:
     """The entries that the command line asks for. Raises ConfigError for an unknown id."""
-    by_id = {entry.id: entry for entry in settings.models}
+    by_id: dict[str, Entry] = {entry.id: entry for entry in (*settings.adapters, *settings.models)}
     for name in args.models:
         if name not in by_id:
             near = difflib.get_close_matches(name, by_id, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"there is no model {name}; known: {', '.join(sorted(by_id))}{hint}")
+            known = ", ".join(sorted(by_id))
+            raise ConfigError(f"there is no model or adapter {name}; known: {known}{hint}")
     if args.models:
         return [by_id[name] for name in dict.fromkeys(args.models)]
     if args.all or args.list:
-        return list(settings.models)
+        return [*settings.models, *settings.adapters]
     served = (*chat_catalog(settings).specs, *media_catalog(settings).specs)
-    return [by_id[spec.id] for spec in served]
+    # Adapters are not needed, and some are large.
+    here = [one for spec in served for one in spec.adapters if args.verify and one.path.exists()]
+    return [by_id[spec.id] for spec in (*served, *here)]
 
 
-def spec_of(entry: ModelEntry, settings: Settings) -> ModelSpec:
-    """The model as the daemon sees it; looked up alone, as aliases may clash across profiles."""
+def spec_of(entry: Entry, settings: Settings) -> ModelSpec | AdapterSpec:
+    """The entry as the daemon sees it; looked up alone, as aliases may clash across profiles."""
+    if isinstance(entry, AdapterEntry):
+        return adapter_spec(entry, settings.models_dir)
     alone = {"chat": Chat(models=[entry.id]), "media": Media(models=[entry.id])}
     catalog = chat_catalog if entry.kind == "chat" else media_catalog
     return catalog(settings.model_copy(update=alone)).specs[0]
@@ -174,12 +183,12 @@ def spec_of(entry: ModelEntry, settings: Settings) -> ModelSpec:
 # --- what is here -----------------------------------------------------------------------------
 
 
-def print_table(entries: Iterable[ModelEntry], settings: Settings) -> None:
+def print_table(entries: Iterable[Entry], settings: Settings) -> None:
     rows = [("ID", "KIND", "REPOSITORY", "COMPLETE", "ON DISK")]
     for entry in entries:
         spec = spec_of(entry, settings)
         repository = entry.source.repository if entry.source else "-"
-        size = sum(size_on_disk(path) for path in (spec.path, spec.config_path) if path)
+        size = sum(size_on_disk(path) for path in (spec.path, second_path(spec)) if path)
         complete = "no" if first_problem(spec) else "yes"
         rows.append((entry.id, entry.kind, repository, complete, shown(size)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -193,19 +202,26 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def first_problem(spec: ModelSpec) -> str | None:
+def second_path(spec: ModelSpec | AdapterSpec) -> Path | None:
+    """Where the rest of its files is."""
+    return spec.image_encoder if isinstance(spec, AdapterSpec) else spec.config_path
+
+
+def first_problem(spec: ModelSpec | AdapterSpec) -> str | None:
     try:
-        return next((f"{one.path}: {one.what}" for one in check_files(spec)), None)
+        found = check_adapter(spec) if isinstance(spec, AdapterSpec) else check_files(spec)
+        return next((f"{one.path}: {one.what}" for one in found), None)
     except (ValueError, KeyError, TypeError, AttributeError):  # only the manifest is read unchecked
         return f"{MANIFEST} cannot be read"
 
 
-def verify(entry: ModelEntry, settings: Settings, report: Lines) -> bool:
-    """Hash the files of a model and compare them with its manifests; says a line for each."""
+def verify(entry: Entry, settings: Settings, report: Lines) -> bool:
+    """Hash the files of an entry and compare them with its manifests; says a line for each."""
     spec = spec_of(entry, settings)
     only = spec.path.name if spec.path.suffix == ".safetensors" else None
     problems = 0
-    for folder, name in ((spec.path.parent if only else spec.path, only), (spec.config_path, None)):
+    first = spec.path.parent if only else spec.path
+    for folder, name in ((first, only), (second_path(spec), None)):
         if folder is None:
             continue
         records = {key: one for key, one in read_manifest(folder).items() if name in (None, key)}
@@ -281,22 +297,22 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def fetch(
-    entries: Iterable[ModelEntry],
+    entries: Iterable[Entry],
     settings: Settings,
     hub: Hub,
     named: bool,
     free_bytes: Callable[[Path], int],
 ) -> bool:
-    """Fetch what is missing of every model; whether all of them are complete in the end.
+    """Fetch what is missing of every entry; whether all of them are complete in the end.
 
-    named: the models were asked for by id, as messages about damaged files advise. Records are
+    named: they were asked for by id, as messages about damaged files advise. Records are
     not trusted then, and a copy in another folder does not count.
     """
     failed: list[str] = []
-    plans: list[tuple[ModelEntry, list[Plan]]] = []
+    plans: list[tuple[Entry, list[Plan]]] = []
     for entry in entries:
         with keep_going(entry, failed):
-            plans.append((entry, plan_model(entry, settings, hub, named)))
+            plans.append((entry, plan_entry(entry, settings, hub, named)))
     every = [plan for _, of_model in plans for plan in of_model]
     check_space(every, free_bytes)
     hub.report.total(sum(file.size for plan in every for file in plan.missing.values()))
@@ -312,8 +328,8 @@ def fetch(
 
 
 @contextmanager
-def keep_going(entry: ModelEntry, failed: list[str]) -> Iterator[None]:
-    """Report a failure of one model and note it, so that the others are still fetched."""
+def keep_going(entry: Entry, failed: list[str]) -> Iterator[None]:
+    """Report a failure of one entry and note it, so that the others are still fetched."""
     try:
         yield
     except (FetchError, OSError) as exc:
@@ -322,10 +338,11 @@ def keep_going(entry: ModelEntry, failed: list[str]) -> Iterator[None]:
         print(f"fetch_models: {entry.id}: {exc}{how}", file=sys.stderr)
 
 
-def plan_model(entry: ModelEntry, settings: Settings, hub: Hub, named: bool) -> list[Plan]:
-    """What to do for one model; nothing, said in a line, when there is nothing to do."""
+def plan_entry(entry: Entry, settings: Settings, hub: Hub, named: bool) -> list[Plan]:
+    """What to do for one entry; nothing, said in a line, when there is nothing to do."""
     if entry.source is None:
-        why = "it comes with this program" if entry.shipped else "it has no source"
+        shipped = isinstance(entry, ModelEntry) and entry.shipped
+        why = "it comes with this program" if shipped else "it has no source"
         print(f"{entry.id}: skipped, {why}")
         return []
     folders = folders_of(entry, entry.source, settings.models_dir)
@@ -336,20 +353,25 @@ def plan_model(entry: ModelEntry, settings: Settings, hub: Hub, named: bool) -> 
     return [plan_folder(folder, hub, trust=not named) for folder in folders]
 
 
-def folders_of(entry: ModelEntry, source: Source, models_dir: Path) -> list[Folder]:
+def folders_of(entry: Entry, source: Source, models_dir: Path) -> list[Folder]:
     path = models_dir / (entry.path if isinstance(entry.path, str) else entry.path[0])
     if path.name.startswith("models--"):
         raise FetchError(f"{path} is a Hugging Face cache; set its path to a folder of its own")
     alone = path.suffix == ".safetensors"
     folders = [Folder(source, path.parent, path.name) if alone else Folder(source, path)]
-    if entry.config_source and entry.config_path:
-        folders.append(Folder(entry.config_source, models_dir / entry.config_path))
+    if isinstance(entry, AdapterEntry):
+        second, path_of_second = entry.image_encoder_source, entry.image_encoder
+    else:
+        second, path_of_second = entry.config_source, entry.config_path
+    if second and path_of_second:
+        folders.append(Folder(second, models_dir / path_of_second))
     return folders
 
 
 def plan_folder(folder: Folder, hub: Hub, trust: bool) -> Plan:
     """Compare a folder with its repository. `trust`: believe the record about big files."""
     files = select(hub.tree(folder.source), folder)
+    require_known(files, folder.source)
     records = read_manifest(folder.path)
     here = {}
     for name, remote in files.items():
@@ -369,10 +391,13 @@ def plan_folder(folder: Folder, hub: Hub, trust: bool) -> Plan:
 def select(files: Iterable[RemoteFile], folder: Folder) -> dict[str, RemoteFile]:
     """The files that the source's patterns name, by where they go in the folder."""
     source = folder.source
+    before = inside(source, "")
     wanted = {
-        file.path: file
+        name: file
         for file in files
-        if any(fnmatch.fnmatchcase(file.path, pattern) for pattern in source.files)
+        if file.path.startswith(before)
+        for name in [file.path.removeprefix(before)]
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in source.files)
     }
     wanted.pop(MANIFEST, None)  # the name of our own record
     if not wanted or (folder.only and len(wanted) > 1):
@@ -384,6 +409,25 @@ def select(files: Iterable[RemoteFile], folder: Folder) -> dict[str, RemoteFile]
         [file] = wanted.values()
         return {folder.only: file}
     return wanted
+
+
+def inside(source: Source, path: str) -> str:
+    """A path of a source as its repository has it."""
+    return f"{source.folder}/{path}" if source.folder else path
+
+
+def require_known(files: Mapping[str, RemoteFile], source: Source) -> None:
+    """Raises FetchError when the hub announces another content than the catalog knows, before
+    anything is downloaded."""
+    by_path = {file.path: file for file in files.values()}
+    for path, sha256 in source.sha256.items():
+        name = inside(source, path)
+        if name not in by_path or by_path[name].digest != sha256:
+            found = by_path[name].digest if name in by_path else "nothing"
+            raise FetchError(
+                f"{name} of {source.repository} at {source.revision}: the catalog has its sha256 "
+                f"{sha256} and the hub announces {found}; check HF_ENDPOINT and the catalog"
+            )
 
 
 def check_space(plans: Iterable[Plan], free_bytes: Callable[[Path], int]) -> None:

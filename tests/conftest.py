@@ -18,6 +18,7 @@ from tests.fakes import (
     FakeLink,
     FakeMediaLink,
     FakeSizer,
+    FakeTokenizers,
     MediaPort,
     answer_query,
 )
@@ -146,6 +147,7 @@ def make_chat(settings: Settings) -> Iterator[Callable[..., ChatPort]]:
             link,  # type: ignore[arg-type]
             orchestrator or answer_query,
             FakeSizer(),  # type: ignore[arg-type]
+            FakeTokenizers(),  # type: ignore[arg-type]
         )  # fmt: skip
         app = create_chat_app(front, admission)
         port = ChatPort(mine, app, app.test_client(), link, admission, drainer)
@@ -174,7 +176,7 @@ def make_media(
     from worker.front.app import Front, create_media_app, places
     from worker.front.drain import Drainer
     from worker.front.media import JobDesk
-    from worker.jobs import runner as runner_module
+    from worker.jobs import maker, runner
     from worker.jobs.bell import Bell
     from worker.jobs.board import Board
     from worker.jobs.database import JOBS_FOLDER
@@ -182,11 +184,12 @@ def make_media(
     from worker.jobs.results import RESULTS_FOLDER, Results
     from worker.jobs.runner import JobRunner
 
-    monkeypatch.setattr(runner_module, "LOOK_EVERY_S", 0.01)  # so that runners end quickly
-    monkeypatch.setattr(runner_module, "FORGET_EVERY_S", 0.0)
+    for module in (maker, runner):
+        monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)  # so that runners end quickly
+    monkeypatch.setattr(runner, "FORGET_EVERY_S", 0.0)
     ports: list[MediaPort] = []
 
-    def no_pictures(wanted: Any, folder: Path) -> Any:
+    def no_pictures(wanted: Any, folder: Path, should_stop: Callable[[], bool]) -> Any:
         raise AssertionError("no job of this test has a picture")
 
     def make(
@@ -207,13 +210,14 @@ def make_media(
             link,  # type: ignore[arg-type]
             orchestrator or answer_query,
             FakeSizer(),  # type: ignore[arg-type]
+            FakeTokenizers(),  # type: ignore[arg-type]
         )  # fmt: skip
 
         folder, bell = mine.state_dir / JOBS_FOLDER, Bell()
         journal, board = Journal(folder, bell), Board(bell)
         results = Results(folder / RESULTS_FOLDER)
         desk = JobDesk(journal, board, bell, results, bell.ring)
-        runner = JobRunner(
+        job_runner = JobRunner(
             journal, board, bell,
             painter,  # type: ignore[arg-type]
             results,
@@ -224,7 +228,7 @@ def make_media(
             keep_finished=mine.media.keep_finished,
             keep_bytes=mine.media.keep_bytes,
         )  # fmt: skip
-        runner.start()
+        job_runner.start()
         app = create_media_app(
             front,
             admission,
@@ -232,7 +236,7 @@ def make_media(
             desk,
         )
         port = MediaPort(
-            mine, app, app.test_client(), link, admission, drainer, painter, desk, runner
+            mine, app, app.test_client(), link, admission, drainer, painter, desk, job_runner
         )
         ports.append(port)
         return port

@@ -25,6 +25,7 @@ from worker.errors import WorkerError
 from worker.protocol.link import EngineView, Mailbox, unavailable
 from worker.protocol.messages import (
     AssetFile,
+    ChatPlanned,
     EngineNotice,
     ExplainQuery,
     Explanation,
@@ -39,6 +40,7 @@ from worker.protocol.messages import (
     ModelChanged,
     ModelState,
     PhaseWays,
+    PlanChat,
     Planned,
     PlanQuery,
     Progress,
@@ -49,11 +51,14 @@ from worker.protocol.messages import (
     TenantSpec,
     Token,
     UnloadModel,
+    Way,
     failed,
 )
 from worker.vram.broker import Broker
 from worker.vram.dryrun import dry_run
 from worker.vram.phases import Shape
+from worker.vram.planner import ChatBytes
+from worker.vram.texts import Reader
 from worker.vram.ways import PartBytes, ways
 
 if TYPE_CHECKING:  # unit tests share this module and need no Flask
@@ -374,6 +379,14 @@ def _others(message: Any) -> Iterable[Message]:
                     context_tokens=32_768,
                 )
             ]
+        case PlanChat():
+            return [
+                ChatPlanned(
+                    request_id=message.request_id, prompt_tokens=20, cached_tokens=16,
+                    max_tokens=message.max_tokens, context_tokens=32_768, kv_bytes=1 << 29,
+                    pool_bytes=1 << 28, whole_pool_bytes=1 << 30, seconds=(0.5, 4.0),
+                )
+            ]  # fmt: skip
         case LoadModel() | UnloadModel():
             return [
                 ModelChanged(
@@ -458,7 +471,15 @@ def answer_query(query: Any) -> Message | None:
 
 
 class FakeSizer:
-    """Every model has one part of 4 GiB, that can be streamed, and every phase of it is 3 GiB."""
+    """Every model has one part of 4 GiB, that can be streamed, and every phase of it is 3 GiB, one
+    more for each further piece of a text or picture of a batch. Chat models are 2 GiB, and their
+    pools 1."""
+
+    def chat(self, spec: ModelSpec) -> ChatBytes:
+        return ChatBytes(weights=2 << 30, pool=1 << 30, least_pool=1 << 28, pass_peak=1 << 20)
+
+    def configs(self, spec: ModelSpec) -> dict[str, dict[str, Any]]:
+        return {"transformer": {"_class_name": "WanTransformer3DModel"}}
 
     def media_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:
         return (
@@ -471,9 +492,24 @@ class FakeSizer:
     def media_phases(
         self, spec: ModelSpec, shape: Shape, *, steps: int, images: int, exactness: str
     ) -> tuple[PhaseWays, ...]:
-        parts = {"all": PartBytes(whole=4 << 30, streamed=1 << 30)}
-        rungs = ways(spec.id, parts, 3 << 30, passes=steps)
+        rungs = self._rungs(spec, 2 + shape.text_pieces, steps)
         return tuple(
             PhaseWays(name=name, ways=rungs, model=spec.id, pixels=shape.pixels, work=steps)
             for name in ("encode", "denoise", "decode")
         )
+
+    def media_batch(
+        self, spec: ModelSpec, shape: Shape, *, steps: int, pictures: int, exactness: str
+    ) -> PhaseWays:
+        return PhaseWays(name="denoise", ways=self._rungs(spec, 2 + pictures, steps))
+
+    def _rungs(self, spec: ModelSpec, gib: int, steps: int) -> tuple[Way, ...]:
+        parts = {"all": PartBytes(whole=4 << 30, streamed=1 << 30)}
+        return ways(spec.id, parts, {"whole": gib << 30}, passes=steps)
+
+
+class FakeTokenizers:
+    """A word is a token."""
+
+    def of(self, spec: ModelSpec) -> tuple[Reader, ...]:
+        return (Reader("words", lambda text: len(text.split()) + 2, 77),)

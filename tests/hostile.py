@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import select
 import socket
 import socketserver
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
-import httpcore
+from worker.storage.pinned import begin_connection
 
 STEP_S = 0.02  # between two pieces of what is sent too slowly
 
@@ -211,30 +213,44 @@ class Canary:
         return count
 
 
-class Network(httpcore.NetworkBackend):
+class FullListener:
+    """Listens, and its queue is full: a connection to it begins and never comes to be."""
+
+    def __enter__(self) -> Self:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.port = int(listener.getsockname()[1])
+        self._sockets = [listener]
+        while self._is_taken():
+            assert len(self._sockets) < 100, "a queue that never fills"
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for one in self._sockets:
+            one.close()
+
+    def _is_taken(self) -> bool:
+        connection = begin_connection("127.0.0.1", self.port)
+        self._sockets.append(connection)
+        poll = select.poll()
+        poll.register(connection, select.POLLOUT)
+        return bool(poll.poll(200))
+
+
+class Network:
     """The Internet of a test. `routes` says which port of this machine an address is; loopback is
     itself; nothing else is there."""
 
     def __init__(self, routes: dict[str, int] | None = None):
         self.routes = routes or {}
         self.dialled: list[str] = []
-        self.waits: list[float | None] = []
 
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        self.dialled.append(host)
-        self.waits.append(timeout)
-        if host in self.routes:
-            return httpcore.SyncBackend().connect_tcp("127.0.0.1", self.routes[host], timeout)
-        if host.startswith("127.") or host in ("::1", "0.0.0.0", "::"):
-            return httpcore.SyncBackend().connect_tcp(host, port, timeout)
-        raise httpcore.ConnectTimeout("nobody is there")
+    def __call__(self, address: str, port: int) -> socket.socket:
+        self.dialled.append(address)
+        if address in self.routes:
+            return begin_connection("127.0.0.1", self.routes[address])
+        if address.startswith("127.") or address in ("::1", "0.0.0.0", "::"):
+            return begin_connection(address, port)
+        raise OSError(errno.EHOSTUNREACH, "nobody is there")
 
 
 def closed_port() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from worker.catalog import ModelSpec
@@ -43,3 +46,10 @@ def render(
             params, texts, Course(params.seed, lambda step, _: on_step(step) if on_step else None)
         )
         return model.decode(latents)
+
+
+def psnr(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Of pictures of 0 to 255, in dB; the same ones have infinitely much."""
+    apart = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    error = float((apart**2).mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker.config import REPOSITORY, AdapterEntry, Kind, ModelEntry, Residency, Settings
@@ -29,6 +29,8 @@ class AdapterSpec:
     kind: str  # lora | ip_adapter | vace
     path: Path  # a .safetensors file, of vace its transformer's folder; may not exist
     image_encoder: Path | None  # ip_adapter: folder of the model that reads the picture
+    is_fetched: bool = False  # by scripts/fetch_models.py, for whoever wants it
+    cure: str = "put its files there, or correct its paths in the catalog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,22 @@ class ModelSpec:
         return next(
             (one for one in of_kind if name is None or one.id.lower() == name.lower()), None
         )
+
+    @property
+    def ip_adapter(self) -> AdapterSpec | None:
+        """The one that reads pictures; None without one, and while nobody has fetched it."""
+        adapter = self.adapter("ip_adapter")
+        if adapter is not None and adapter.is_fetched and not adapter.path.is_file():
+            return None
+        return adapter
+
+    @property
+    def ip_adapter_cure(self) -> str:
+        """What to do where there is none."""
+        known = self.adapter("ip_adapter")
+        if known is not None:
+            return f"to have {known.id}, {known.cure}"
+        return "add one to the profile as [[adapters]] with kind, model, path and image_encoder"
 
     @property
     def vace_folder(self) -> Path | None:
@@ -186,7 +204,7 @@ def _spec(
             f"model {entry.id}: chat_template {template} is unknown; "
             f"known: {', '.join(CHAT_TEMPLATES)}"
         )
-    adapter_specs = tuple(_adapter(one, models_dir) for one in adapters)
+    adapter_specs = tuple(adapter_spec(one, models_dir) for one in adapters)
     if entry.shipped:
         models_dir = SHIPPED_MODELS
     path = _first_existing(entry.path, models_dir)
@@ -211,14 +229,18 @@ def _spec(
     )
 
 
-def _adapter(entry: AdapterEntry, models_dir: Path) -> AdapterSpec:
+def adapter_spec(entry: AdapterEntry, models_dir: Path) -> AdapterSpec:
+    """An adapter as the daemon sees it."""
     encoder = entry.image_encoder
-    return AdapterSpec(
+    spec = AdapterSpec(
         id=entry.id,
         kind=entry.kind,
         path=models_dir / entry.path,
         image_encoder=models_dir / encoder if encoder is not None else None,
     )
+    if entry.source is None:
+        return spec
+    return replace(spec, is_fetched=True, cure=f"run python scripts/fetch_models.py {entry.id}")
 
 
 def _cure(entry: ModelEntry) -> str:

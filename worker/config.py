@@ -45,6 +45,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Kind = Literal["chat", "sdxl", "wan"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
@@ -160,7 +161,9 @@ class Source(Section):
 
     repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str = "main"  # a commit, where known: a fetch today equals a fetch tomorrow
-    files: list[str] = ["*"]  # glob patterns over paths in the repository; * also matches /
+    folder: str = ""  # of the repository; paths begin in it, here and in `files` and `sha256`
+    files: list[str] = ["*"]  # glob patterns over paths; * also matches /
+    sha256: dict[str, Sha256] = {}  # by path, of files that are known; any others are refused
 
 
 class ModelEntry(Section):
@@ -202,12 +205,19 @@ class AdapterEntry(Section):
     # ip_adapter: folder of the CLIP vision model (config.json, model.safetensors) that reads the
     # picture.
     image_encoder: str | None = None
+    source: Source | None = None
+    image_encoder_source: Source | None = None
 
     @model_validator(mode="after")
     def has_what_its_kind_needs(self) -> Self:
         if (self.kind == "ip_adapter") != (self.image_encoder is not None):
             raise ValueError(
                 f"adapter {self.id}: image_encoder belongs to kind ip_adapter, which needs it"
+            )
+        is_fetched = self.source is not None and self.image_encoder is not None
+        if is_fetched != (self.image_encoder_source is not None):
+            raise ValueError(
+                f"adapter {self.id}: source and image_encoder_source of an ip_adapter go together"
             )
         return self
 

@@ -137,6 +137,13 @@ class ReferenceRefused(WorkerError):
     code = "reference_refused"
 
 
+class ReferenceForbidden(WorkerError):
+    """A picture that a job names lies in the storage in a folder that is not its user's."""
+
+    status = 403
+    code = "reference_forbidden"
+
+
 class ReferenceTooLarge(TooLarge):
     """A picture that a job names has more bytes or pixels than a limit allows."""
 

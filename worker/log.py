@@ -14,7 +14,9 @@ from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+# Of one file, and older files kept beside it: of each process, the orchestrator's own included.
 MAX_LOG_BYTES = 10 << 20
+KEPT_LOGS = 3
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -61,7 +63,7 @@ def set_up(process: str, level: int = logging.INFO) -> None:
 def set_up_file(process: str, path: Path, level: int = logging.INFO) -> None:
     """Send this process's log to a file, because its terminal shows a table."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _use(RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1), process, level)
+    _use(RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS), process, level)
 
 
 def _use(handler: logging.Handler, process: str, level: int) -> None:

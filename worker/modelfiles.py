@@ -12,10 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from worker.catalog import ModelSpec
+from worker.catalog import AdapterSpec, ModelSpec
 from worker.errors import ModelUnavailable
 
 MANIFEST = "manifest.json"
@@ -27,6 +28,7 @@ _DIFFUSERS_PARTS = {
     "wan": ("transformer", "vae", "text_encoder", "tokenizer"),
 }
 _WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2")
+ENCODER_WEIGHTS = "model.safetensors"  # of the model that reads an IP-Adapter's pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,37 @@ def check_files(
     """
     found = list(_problems(spec))
     if not found and full:
-        found = list(_hash_problems(spec, progress))
+        found = list(_hash_problems(spec.path, progress))
     return [Problem(spec.id, _shown(spec, path), what, _cure(spec, path)) for path, what in found]
+
+
+def check_adapter(
+    spec: AdapterSpec, *, full: bool = False, progress: Callable[[int], None] = lambda _bytes: None
+) -> list[Problem]:
+    """Everything wrong with the files of an adapter and of its image encoder; as `check_files`."""
+    found = []
+    for path in _adapter_places(spec):
+        own = list(_adapter_problems(path))
+        if path == spec.image_encoder:
+            own += _weight_problems(path / ENCODER_WEIGHTS)
+        if not own and full:
+            own = list(_hash_problems(path, progress))
+        found += own
+    return [Problem(spec.id, str(path), what, spec.cure) for path, what in found]
+
+
+def adapter_files(spec: AdapterSpec) -> list[Path]:
+    """The safetensors files of an adapter and of its image encoder, those that are there."""
+    found: set[Path] = set()
+    for path in _adapter_places(spec):
+        found |= _weights_of(path) if path.is_dir() else {path}
+    return sorted(file for file in found if file.is_file())
+
+
+def is_recorded(spec: ModelSpec | AdapterSpec) -> bool:
+    """Whether there is a record to compare its files with. The files must be checked."""
+    places = _adapter_places(spec) if isinstance(spec, AdapterSpec) else [spec.path]
+    return all(_manifest(path) for path in places)
 
 
 def require_files(spec: ModelSpec) -> None:
@@ -130,7 +161,7 @@ def weights_sha256(spec: ModelSpec, state_dir: Path) -> dict[str, str]:
         digest = cache.get(key) or file_sha256(file)
         fresh[key] = digest
         relative = _name(spec, file)
-        expected = _manifest(spec).get(relative, {}).get("sha256", digest)
+        expected = _recorded_sha256(spec, file) or digest
         if digest != expected:
             what = f"sha256 {digest[:12]}… is not the recorded {expected[:12]}…"
             raise ModelUnavailable(f"{spec.id}: {_shown(spec, file)}: {what}; {spec.cure}")
@@ -176,13 +207,35 @@ def _problems(spec: ModelSpec) -> Iterator[tuple[Path, str]]:
         if spec.vace_folder is not None:
             yield from _json_problems(spec.vace_folder / "config.json")
             yield from _folder_weight_problems(spec.vace_folder)
+            yield from _manifest_problems(spec.vace_folder)
+    yield from _manifest_problems(spec.path)
+
+
+def _adapter_places(spec: AdapterSpec) -> list[Path]:
+    return [spec.path, *([spec.image_encoder] if spec.image_encoder is not None else [])]
+
+
+def _adapter_problems(path: Path) -> Iterator[tuple[Path, str]]:
+    """path: a file, or a folder of weights with their config.json."""
+    if path.suffix == ".safetensors":
+        yield from _weight_problems(path)
+    elif not path.is_dir():
+        yield path, "is missing"
+    else:
+        yield from _json_problems(path / "config.json")
+        yield from _folder_weight_problems(path)
+    yield from _manifest_problems(path)
+
+
+def _manifest_problems(path: Path) -> Iterator[tuple[Path, str]]:
+    folder = _folder(path)
     try:
-        recorded = _manifest(spec)
+        recorded = _manifest(path)
     except (ValueError, KeyError, TypeError, AttributeError):
-        yield _folder(spec) / MANIFEST, "is damaged: not a list of files with sizes and hashes"
+        yield folder / MANIFEST, "is damaged: not a list of files with sizes and hashes"
         return
     for relative, entry in recorded.items():
-        file = _folder(spec) / relative
+        file = folder / relative
         if not file.is_file():
             yield file, "is missing"
         elif file.stat().st_size != entry["size"]:
@@ -272,15 +325,25 @@ def _json_problems(file: Path) -> Iterator[tuple[Path, str]]:
     if not file.is_file():
         yield file, "is missing"
         return
-    try:
-        json.loads(file.read_bytes())
-    except ValueError:
+    stat = file.stat()
+    if not _is_json(file, stat.st_size, stat.st_mtime_ns, stat.st_ino):
         yield file, "is damaged: not JSON"
 
 
-def _hash_problems(spec: ModelSpec, progress: Callable[[int], None]) -> Iterator[tuple[Path, str]]:
-    for relative, entry in _manifest(spec).items():
-        file = _folder(spec) / relative
+@lru_cache(maxsize=1024)
+def _is_json(file: Path, *_version: int) -> bool:
+    """Read once per version of a file: a large tokenizer takes a tenth of a second, with Python's
+    lock held, and files are checked several times before each load."""
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+def _hash_problems(path: Path, progress: Callable[[int], None]) -> Iterator[tuple[Path, str]]:
+    for relative, entry in _manifest(path).items():
+        file = _folder(path) / relative
         digest = file_sha256(file, progress)
         if digest != entry["sha256"]:
             yield (
@@ -289,24 +352,40 @@ def _hash_problems(spec: ModelSpec, progress: Callable[[int], None]) -> Iterator
             )
 
 
-def _folder(spec: ModelSpec) -> Path:
-    return spec.path.parent if spec.path.is_file() else spec.path
+def _folder(path: Path) -> Path:
+    """The folder that holds the manifest of a folder, or of a file."""
+    return path.parent if path.is_file() else path
 
 
-def _manifest(spec: ModelSpec) -> dict[str, dict[str, Any]]:
-    """Size and sha256 per file of this model; empty without a manifest.
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 per file of a folder, or of a file alone; empty without a manifest.
 
     Raises ValueError, KeyError, TypeError or AttributeError when it is damaged.
     """
-    path = _folder(spec) / MANIFEST
-    if not path.is_file():
+    folder = _folder(path)
+    manifest, before = folder / MANIFEST, ""
+    if not manifest.is_file():  # it may be a part of a model that was fetched whole
+        manifest, before = folder.parent / MANIFEST, f"{folder.name}/"
+    if not manifest.is_file():
         return {}
-    files = json.loads(path.read_bytes())["files"]
-    return {
-        name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
+    files = json.loads(manifest.read_bytes())["files"]
+    recorded = {
+        name.removeprefix(before): {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
         for name, entry in files.items()
-        if not spec.path.is_file() or name == spec.path.name
+        if name.startswith(before)
     }
+    return {name: one for name, one in recorded.items() if not path.is_file() or name == path.name}
+
+
+def _recorded_sha256(spec: ModelSpec, file: Path) -> str | None:
+    """Of a weight file, in the manifest of its model, or of the VACE transformer beside it."""
+    beside = spec.vace_folder
+    for place in (spec.path, *([beside] if beside is not None else [])):
+        if file.is_relative_to(place):
+            recorded = _manifest(place).get(str(file.relative_to(_folder(place))))
+            if recorded is not None:
+                return str(recorded["sha256"])
+    return None
 
 
 def _name(spec: ModelSpec, file: Path) -> str:
@@ -320,7 +399,9 @@ def _name(spec: ModelSpec, file: Path) -> str:
 def _cure(spec: ModelSpec, path: Path) -> str:
     beside = spec.vace_folder
     if beside is not None and path.is_relative_to(beside) and not path.is_relative_to(spec.path):
-        return "fetch the model again that it is a part of, or move its folder away"
+        adapter = spec.adapter("vace")
+        assert adapter is not None, "it has a folder"
+        return f"{adapter.cure}, or move its folder away"
     return spec.cure
 
 

@@ -25,9 +25,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from scripts import fetch_models
-from worker.catalog import chat_catalog, media_catalog
+from worker.catalog import AdapterSpec, adapter_spec, chat_catalog, media_catalog
 from worker.config import REPOSITORY, load_settings
-from worker.modelfiles import check_files
+from worker.modelfiles import check_adapter, check_files
 
 PROFILE = """
 [chat]
@@ -854,3 +854,215 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
         [sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert "--verify" in done.stdout
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+VACE = {
+    "config.json": b"{}",
+    "diffusion_pytorch_model-00001-of-00002.safetensors": weights(b"first"),
+    "diffusion_pytorch_model-00002-of-00002.safetensors": weights(b"second"),
+    "diffusion_pytorch_model.safetensors.index.json": json.dumps(
+        {
+            "weight_map": {
+                "a": "diffusion_pytorch_model-00001-of-00002.safetensors",
+                "b": "diffusion_pytorch_model-00002-of-00002.safetensors",
+            }
+        }
+    ).encode(),
+}
+READER = {"config.json": b"{}", "model.safetensors": weights(b"reader")}
+ADAPTERS = f"""
+[[models]]
+id = "film"
+kind = "wan"
+path = "film"
+
+[[adapters]]
+id = "style"
+kind = "ip_adapter"
+model = "paint"
+path = "style/style.safetensors"
+image_encoder = "style/reader"
+[adapters.source]
+repository = "org/style"
+folder = "large"
+files = ["style.safetensors"]
+[adapters.source.sha256]
+"style.safetensors" = "{sha256(weights(b"style"))}"
+[adapters.image_encoder_source]
+repository = "org/style"
+folder = "models/reader"
+files = ["config.json", "model.safetensors"]
+
+[[adapters]]
+id = "frames"
+kind = "vace"
+model = "film"
+path = "vace/transformer"
+[adapters.source]
+repository = "org/vace"
+folder = "transformer"
+files = ["config.json", "diffusion_pytorch_model*"]
+
+[[adapters]]
+id = "grain"
+kind = "lora"
+model = "paint"
+path = "loras/grain.safetensors"
+"""
+
+
+@pytest.fixture
+def with_adapters(script: Script, fake: FakeHub) -> Script:
+    script.profile.write_text(PROFILE.replace('["paint"]', '["paint", "film"]') + ADAPTERS)
+    fake.repositories["org/vace"] = {
+        "model_index.json": b"{}",
+        "text_encoder/config.json": b"{}",
+        **{f"transformer/{name}": content for name, content in VACE.items()},
+    }
+    fake.repositories["org/style"] = {
+        "README.md": b"",
+        "large/style.bin": b"a pickle",
+        "large/style.safetensors": weights(b"style"),
+        "models/style.safetensors": weights(b"another"),
+        **{f"models/reader/{name}": content for name, content in READER.items()},
+        "models/reader/pytorch_model.bin": b"a pickle",
+    }
+    return script
+
+
+def adapter(script: Script, name: str) -> AdapterSpec:
+    settings = load_settings(str(script.profile), {"VERBATIM_MODELS_DIR": str(script.folder)})
+    [entry] = [one for one in settings.adapters if one.id == name]
+    return adapter_spec(entry, settings.models_dir)
+
+
+def test_an_adapter_is_fetched_from_a_folder_of_its_repository(
+    with_adapters: Script, fake: FakeHub
+) -> None:
+    assert with_adapters("frames") == 0
+
+    names = [f"vace/transformer/{name}" for name in ("manifest.json", *VACE)]
+    assert with_adapters.files() == sorted(names)
+    assert check_adapter(adapter(with_adapters, "frames"), full=True) == []
+    assert with_adapters("--verify", "frames") == 0
+    assert all("/transformer/" in one.path for one in fake.asked("/resolve/"))
+
+
+def test_an_ip_adapter_is_fetched_with_the_model_that_reads_its_pictures(
+    with_adapters: Script,
+) -> None:
+    assert adapter(with_adapters, "style").cure == "run python scripts/fetch_models.py style"
+
+    assert with_adapters("style") == 0
+
+    assert with_adapters.files() == [
+        "style/manifest.json",
+        "style/reader/config.json",
+        "style/reader/manifest.json",
+        "style/reader/model.safetensors",
+        "style/style.safetensors",
+    ]
+    assert check_adapter(adapter(with_adapters, "style"), full=True) == []
+
+
+def test_adapters_are_fetched_when_they_are_asked_for(
+    with_adapters: Script, fake: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_adapters() == 0
+    assert not fake.asked("org/style") and not fake.asked("org/vace")
+
+    assert with_adapters("style", "grain") == 0
+    assert fake.asked("org/style") and not fake.asked("org/vace")
+    assert "grain: skipped, it has no source" in capsys.readouterr().out
+
+    assert with_adapters("--list") == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["style"][1:4] == ["ip_adapter", "org/style", "yes"]
+    assert rows["grain"][1:4] == ["lora", "-", "no"]
+    settings = load_settings(str(with_adapters.profile), {})
+    every = fetch_models.choose(fetch_models.parse_arguments(["--all"]), settings)
+    assert {"style", "frames", "grain", "paint"} <= {one.id for one in every}
+
+
+def test_adapters_that_are_there_are_verified_with_what_is_served(
+    with_adapters: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_adapters("style", "paint", "tiny") == 0
+    assert with_adapters("--verify", "style", "paint", "tiny") == 0
+    capsys.readouterr()
+    reader = with_adapters.folder / "style/reader/model.safetensors"
+    reader.write_bytes(flipped(reader.read_bytes()))
+
+    assert with_adapters("--verify") == 1
+    out = capsys.readouterr().out
+    assert f"{reader}: DAMAGED: sha256" in out
+    assert "style: 1 not good; to mend it, run python scripts/fetch_models.py style" in out
+    assert "frames" not in out
+
+
+def test_content_that_the_catalog_does_not_know_is_refused_before_anything_is_fetched(
+    with_adapters: Script, fake: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.repositories["org/style"]["large/style.safetensors"] = weights(b"other")
+
+    assert with_adapters("style") == 1
+
+    assert not fake.asked("/resolve/")
+    err = capsys.readouterr().err
+    assert f"the catalog has its sha256 {sha256(weights(b'style'))}" in err
+    assert f"announces {sha256(weights(b'other'))}" in err
+
+
+# As the hub's own pages list them.
+PUBLISHED = {
+    "Wan-AI/Wan2.1-VACE-1.3B-diffusers": (
+        ".gitattributes", "LICENSE.txt", "README.md", "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json", "text_encoder/model.safetensors.index.json",
+        *(f"text_encoder/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "tokenizer/special_tokens_map.json", "tokenizer/spiece.model", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json",
+        *(f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)),
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    ),
+    "h94/IP-Adapter": (
+        ".gitattributes", "README.md",
+        "models/image_encoder/config.json", "models/image_encoder/model.safetensors",
+        "models/image_encoder/pytorch_model.bin", "models/ip-adapter_sd15.safetensors",
+        "sdxl_models/image_encoder/config.json", "sdxl_models/image_encoder/model.safetensors",
+        "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "sdxl_models/ip-adapter_sdxl.bin",
+        "sdxl_models/ip-adapter_sdxl.safetensors", "sdxl_models/ip-adapter_sdxl_vit-h.bin",
+        "sdxl_models/ip-adapter_sdxl_vit-h.safetensors",
+    ),
+}  # fmt: skip
+
+
+def test_of_the_published_repositories_exactly_what_a_loader_reads_is_fetched() -> None:
+    settings = load_settings("gpu-24gb", {})
+    got = {}
+    for entry in (*settings.models, *settings.adapters):
+        if entry.source is None or entry.source.repository not in PUBLISHED:
+            continue
+        for folder in fetch_models.folders_of(entry, entry.source, Path("/m")):
+            listed = PUBLISHED[folder.source.repository]
+            remote = [fetch_models.RemoteFile(path, 1, "0" * 64, True) for path in listed]
+            chosen = fetch_models.select(remote, folder)
+            got[str(folder.path)] = sorted(chosen)
+            known = {fetch_models.inside(folder.source, one) for one in folder.source.sha256}
+            assert known <= {file.path for file in chosen.values()}
+
+    whole = PUBLISHED["Wan-AI/Wan2.1-VACE-1.3B-diffusers"]
+    beside = [path for path in whole if path.startswith("transformer/")]
+    assert got == {
+        "/m/wan2.1-vace-1.3b-diffusers": sorted(
+            path for path in whole if path.endswith((".json", ".safetensors", ".model"))
+        ),
+        "/m/wan2.1-vace-1.3b-diffusers/transformer": sorted(
+            path.removeprefix("transformer/") for path in beside
+        ),
+        "/m/ip-adapter": ["ip-adapter_sdxl_vit-h.safetensors"],
+        "/m/ip-adapter/image_encoder": ["config.json", "model.safetensors"],
+    }

@@ -190,6 +190,18 @@ def test_a_finished_job_has_a_receipt_with_what_was_ignored_adjusted_and_spent(
         ),
         ({"prompt": "x", "loras": [{"id": "ink"}]}, 422, "unsupported", "no LoRA"),
         ({"prompt": "x", "user_id": "../x"}, 400, "invalid_request", "user_id"),
+        (
+            {"prompt": "x", "image": "user-library/u-2/a.png", "user_id": "u-1"},
+            403,
+            "reference_forbidden",
+            "the folder of the job's own user_id",
+        ),
+        (
+            {"prompt": "x", "image": "user-library/u-2/a.png"},
+            403,
+            "reference_forbidden",
+            "has no user_id; send it",
+        ),
         ({"prompt": "x", "webhook_url": "e.org"}, 400, "invalid_request", "webhook_url"),
         ({"prompt": "x", "steps": 0}, 422, "out_of_range", "from 1 to 150"),
         ({"prompt": "x", "steps": 151}, 422, "out_of_range", "from 1 to 150"),

@@ -522,6 +522,9 @@ def test_a_change_of_models_that_takes_too_long_is_an_error(
     answer = chat.client.post(f"/memory/{verb}")
 
     refused(answer, 504, "deadline_exceeded")
+    # Nobody waits for it any more: it is not to wait for device memory either.
+    [asked] = chat.link.sent
+    chat.link.wait_cancelled(asked.request_id)
 
 
 @pytest.mark.parametrize("verb", ["load", "unload"])

@@ -117,7 +117,10 @@ class Borrower:
         if not self._leases.connected:
             return False
         try:
-            with self._leases.phase("job", "phase", self._ways(), self._wait) as lease:
+            ways, least = self._ways(), {}
+            if self._pool in ways[0].tenants:
+                least[self._pool] = self._random.randint(POOL_FLOOR, POOL)
+            with self._leases.phase("job", "phase", ways, self._wait, least_bytes=least) as lease:
                 self._compute(lease)
         except (GaveUp, OutOfDeviceMemory):
             return True
@@ -160,7 +163,7 @@ class Borrower:
         self._write()
         try:
             for tenant in lease.way.tenants:
-                if self._held[tenant]:
+                if self._held[tenant] >= lease.asked.least_bytes.get(tenant, 1):
                     continue
                 if self._random.random() < 0.1:
                     self._leases.brought(lease, tenant, 0, 0.0)

@@ -4,6 +4,7 @@ those of its job alone, but for what rounding makes of them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.integration.test_residency import MIB, Bench, hashes
+from tests.integration.test_residency import MIB, Bench, hashes, steps
+from tests.rendering import psnr
 from worker.engine.host import Ticket
 from worker.engine.leases import Leases, Question, alone
 from worker.engine.media import engine as engine_module
 from worker.protocol.messages import Failed, JobRendered, Message, Progress, RenderJob, RenderParams
+from worker.vram.ways import SPLITS
 
 ROOMY = 1 << 34
 PARAMS = RenderParams(
@@ -308,12 +311,12 @@ def test_what_fails_for_a_whole_batch_is_tried_for_each_alone_and_counted(
 
 
 def test_jobs_that_do_not_fit_together_are_made_one_by_one_as_if_alone(tmp_path: Path) -> None:
-    """By the plan a picture takes 16 MiB and three of them 22, of which none is ever taken."""
+    """By the plan a picture takes 11 MiB, and three of them 14 in the smallest way."""
     jobs = {
         name: changed(seed=seed, width=256, height=256, steps=1)
         for name, seed in (("a", 1), ("b", 2), ("c", 3))
     }
-    tight = Batches(tmp_path, alone(17 * MIB))
+    tight = Batches(tmp_path, alone(12 * MIB))
 
     done = tight.done_together(jobs)
 
@@ -334,6 +337,69 @@ def test_a_batch_with_too_little_room_for_its_denoiser_is_streamed(tmp_path: Pat
     for one in done.values():
         assert {"phase": "denoise", "way": "streamed", "exactness": "close"} in one.receipt["plan"]
         assert shared(one) == {"jobs": 3, "images": 3}
+
+
+def test_a_batch_that_does_not_fit_at_once_is_computed_in_halves(tmp_path: Path) -> None:
+    """Three pictures take 22 MiB streamed, and 19 or 14 in halves of one text of each of them."""
+    jobs = {
+        name: changed(seed=ord(name), width=256, height=256, steps=2, prompt=f"a {colour} circle")
+        for name, colour in (("a", "red"), ("b", "blue"), ("c", "green"))
+    }
+    roomy = Batches(tmp_path / "roomy", alone(ROOMY)).done_together(jobs)
+    tight = Batches(tmp_path / "tight", alone(20 * MIB))
+    rows: list[int] = []
+    tight.engine._models.ensure("demo-image")
+    first = tight.engine._models.get("demo-image")._pipeline.unet.conv_in
+    hook = first.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+
+    done = tight.done_together(jobs)
+
+    hook.remove()
+    assert rows == [3] * 4
+    for name, one in done.items():
+        assert steps(one)["denoise"] in SPLITS
+        assert shared(one) == {"jobs": 3, "images": 3}
+        assert one.receipt["exactness"] == "close"
+        pictures = [
+            np.asarray(Image.open(tmp_path / where / made.request_id / made.assets[0].file))
+            for where, made in (("tight", one), ("roomy", roomy[name]))
+        ]
+        # The decode is in tiles here and whole there, so alike is all that can be asked.
+        assert psnr(*pictures) > 35
+
+
+@pytest.mark.parametrize(
+    ("strictest", "way"), [("close", "streamed+split"), ("lossy", "quantised")]
+)
+def test_a_batch_is_quantised_only_where_all_of_its_jobs_allow_it(
+    strictest: str, way: str, bench: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    enough = {"close": ["streamed+split"], "lossy": ["quantised"]}[strictest]
+    bench.done("demo-image", "first-of-all", params=PARAMS)
+    model = bench.engine._models.get("demo-image")
+    ready = model.parts.ready
+
+    @contextmanager
+    def short_of_memory(lease: Question, names: Any) -> Iterator[None]:
+        with ready(lease, names):
+            if lease.asked.phase == "denoise":
+                tried.append(lease.way.name)
+                if lease.way.name not in enough:
+                    raise torch.OutOfMemoryError("injected")
+            yield
+
+    monkeypatch.setattr(model.parts, "ready", short_of_memory)
+    done = bench.done_together(
+        {"a": PARAMS, "b": changed(**OTHER), "c": changed(seed=3)}, a="lossy", b=strictest,
+        c="lossy",
+    )  # fmt: skip
+
+    assert tried[-1] == way
+    assert ("quantised" in tried) == (strictest == "lossy")
+    for one in done.values():
+        assert shared(one) == {"jobs": 3, "images": 3}
+        assert one.receipt["exactness"] == strictest
 
 
 def test_a_batch_that_was_paused_goes_on_with_the_same_bytes(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
+import psutil
 import pytest
 
 from tests import hostile
-from tests.hostile import HostileServer, Network, Talk, answer, closed_port, redirect
-from worker.errors import ReferenceRefused, ReferenceUnavailable
+from tests.hostile import FullListener, HostileServer, Network, Talk, answer, closed_port, redirect
+from worker.errors import Cancelled, ReferenceRefused, ReferenceUnavailable
 from worker.storage.addresses import Addresses
-from worker.storage.pinned import Answer, PinnedHttp
+from worker.storage.pinned import Answer, PinnedHttp, connect_s
 
 PUBLIC, SECOND, OTHER = "93.184.216.34", "93.184.216.35", "93.184.216.36"
 NAMES = {
@@ -44,6 +47,12 @@ def other() -> Iterator[HostileServer]:
 @pytest.fixture
 def network(server: HostileServer) -> Network:
     return Network({PUBLIC: server.port, SECOND: server.port})
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[FullListener]:
+    with FullListener() as full:
+        yield full
 
 
 @pytest.fixture
@@ -151,19 +160,25 @@ def test_the_second_address_is_tried_when_the_first_refuses(
     assert network.dialled == [PUBLIC, SECOND]
 
 
-def test_an_address_where_nobody_is_leaves_time_for_the_next(
-    http: PinnedHttp, server: HostileServer, network: Network
+def test_an_address_where_nobody_answers_leaves_time_for_the_next(
+    http: PinnedHttp, server: HostileServer, network: Network, full: FullListener
 ) -> None:
-    del network.routes[PUBLIC]
+    network.routes[PUBLIC] = full.port
     server.replies["/"] = answer(200, b"here")
 
-    assert get(http, "http://two.example/", timeout_s=2.0).body == b"here"
-    assert get(http, "http://two.example/", timeout_s=60.0).body == b"here"
+    assert get(http, "http://two.example/", timeout_s=0.6).body == b"here"
 
-    assert network.dialled == [PUBLIC, SECOND, PUBLIC, SECOND]
-    waits = [wait or 0.0 for wait in network.waits]
-    assert 0.5 < waits[0] <= 1.0 < waits[1] <= 2.0
-    assert waits[2] == 5.0 < waits[3] <= 60.0
+    assert network.dialled == [PUBLIC, SECOND]
+
+
+@pytest.mark.parametrize(
+    ("left_s", "behind", "seconds"),
+    [(2.0, 1, 1.0), (3.0, 2, 1.0), (60.0, 1, 5.0), (60.0, 3, 5.0), (60.0, 0, 60.0), (0.0, 2, 0.0)],
+)
+def test_an_address_is_tried_for_its_share_of_the_time_and_the_last_for_all_of_it(
+    left_s: float, behind: int, seconds: float
+) -> None:
+    assert connect_s(left_s, behind) == seconds
 
 
 def test_when_no_address_accepts_the_host_is_unavailable(
@@ -396,7 +411,7 @@ def test_a_certificate_of_another_name_is_refused_before_anything_is_said(
 def test_a_certificate_of_an_unknown_authority_is_refused(secure: HostileServer) -> None:
     http = PinnedHttp(
         Addresses(frozenset(), lambda host, port: NAMES[host]),
-        network=Network({PUBLIC: secure.port}),
+        dial=Network({PUBLIC: secure.port}),
     )
 
     with pytest.raises(ReferenceRefused, match=r"certificate of good\.example"):
@@ -446,3 +461,152 @@ def test_a_redirect_from_http_to_https_is_followed(
 
     assert got.body == b"secret"
     assert network.dialled == [OTHER, PUBLIC]
+
+
+# --- what nobody wants any more ------------------------------------------------------------------
+
+LONG_S = 600.0  # a limit that no test waits for
+
+
+def abandoned(http: PinnedHttp, url: str, is_stalled: Callable[[], bool]) -> None:
+    """Ask for `url`, stop once it is stalled, and check that it ends by that and leaves nothing."""
+    stop = threading.Event()
+
+    def ask() -> Answer:
+        return http.get(
+            url, headers={}, max_bytes=10**9, total_timeout_s=LONG_S, should_stop=stop.is_set
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        ends = time.monotonic() + LATE_S
+        while not is_stalled():
+            assert not asked.done() and time.monotonic() < ends
+            time.sleep(0.005)
+        stop.set()
+        with pytest.raises(Cancelled):
+            asked.result(LATE_S)
+
+
+def connections_to(port: int) -> int:
+    """Sockets of this process whose other end is at `port`, whatever their state."""
+    found = psutil.Process().net_connections("tcp")
+    return sum(bool(one.raddr) and one.raddr.port == port for one in found)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        hostile.then_silence(),
+        hostile.then_silence(b"HTTP/1.1 200 OK\r\nX: "),
+        hostile.dripping(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        hostile.dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        hostile.then_silence(hostile.head(200, Content_Length="9999") + b"part"),
+        hostile.dripping(hostile.head(200, Content_Length="9999"), b"x"),
+        hostile.dripping(hostile.head(200, Transfer_Encoding="chunked"), b"1\r\nx\r\n"),
+        hostile.flooding(hostile.head(200, Transfer_Encoding="chunked"), b"1\r\nx\r\n" * 1000),
+        hostile.dripping(hostile.head(404), b"x"),
+    ],
+    ids=[
+        "no answer",
+        "half a head",
+        "headers by lines",
+        "100 by bytes",
+        "half a body",
+        "body by bytes",
+        "chunks by bytes",
+        "an endless body",
+        "an error's body",
+    ],
+)
+def test_a_fetch_that_nobody_wants_any_more_ends_whatever_the_server_does(
+    reply: hostile.Reply, http: PinnedHttp, server: HostileServer
+) -> None:
+    server.replies["/slow"] = reply
+    server.replies["/"] = redirect("/slow")
+
+    abandoned(http, "http://good.example/", lambda: "/slow" in server.asked())
+
+    assert connections_to(server.port) == 0
+
+
+def test_a_fetch_that_nobody_wants_any_more_ends_while_it_connects(
+    http: PinnedHttp, server: HostileServer, network: Network, full: FullListener
+) -> None:
+    network.routes[OTHER] = full.port
+    server.replies["/"] = redirect("http://other.example/")
+    before = connections_to(full.port)
+
+    abandoned(http, "http://good.example/", lambda: connections_to(full.port) > before)
+
+    assert connections_to(full.port) == before
+    assert connections_to(server.port) == 0
+
+
+def test_a_fetch_that_nobody_wants_any_more_tries_no_other_address(
+    http: PinnedHttp, server: HostileServer, network: Network, full: FullListener
+) -> None:
+    network.routes[PUBLIC] = full.port
+
+    abandoned(http, "http://two.example/", lambda: network.dialled == [PUBLIC])
+
+    assert network.dialled == [PUBLIC]
+    assert server.connections == 0
+
+
+def test_a_fetch_that_nobody_wants_any_more_ends_in_the_handshake(trust: ssl.SSLContext) -> None:
+    with hostile.Canary() as silent:
+        http = client(Network({PUBLIC: silent.port}), trust)
+
+        abandoned(http, "https://good.example/", lambda: connections_to(silent.port) > 0)
+
+        assert connections_to(silent.port) == 0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        hostile.then_silence(hostile.head(200, Content_Length="9999") + b"part"),
+        hostile.dripping(hostile.head(200, Content_Length="9999"), b"x"),
+    ],
+    ids=["silent", "slow"],
+)
+def test_a_fetch_that_nobody_wants_any_more_ends_behind_tls(
+    reply: hostile.Reply, secure: HostileServer, trust: ssl.SSLContext
+) -> None:
+    secure.replies["/"] = reply
+    http = client(Network({PUBLIC: secure.port}), trust)
+
+    abandoned(http, "https://good.example/", lambda: secure.asked() == ["/"])
+
+    assert connections_to(secure.port) == 0
+
+
+def test_a_fetch_that_nobody_wants_any_more_ends_while_a_name_is_looked_up() -> None:
+    asked, ends = threading.Event(), threading.Event()
+
+    def hangs(host: str, port: int) -> list[str]:
+        asked.set()
+        ends.wait(4 * LATE_S)
+        return [PUBLIC]
+
+    network = Network()
+    http = PinnedHttp(Addresses(frozenset(), hangs), NO_TRUST, network)
+
+    abandoned(http, "http://good.example/", asked.is_set)
+
+    ends.set()
+    assert network.dialled == []
+
+
+def test_a_fetch_that_nobody_wants_does_not_begin(http: PinnedHttp, network: Network) -> None:
+    with pytest.raises(Cancelled):
+        http.get(
+            "http://good.example/",
+            headers={},
+            max_bytes=1,
+            total_timeout_s=LONG_S,
+            should_stop=lambda: True,
+        )
+
+    assert network.dialled == []

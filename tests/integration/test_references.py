@@ -24,6 +24,7 @@ from tests import hostile
 from tests.hostile import Canary, HostileServer, Network, answer, closed_port, redirect
 from tests.hostile_urls import NAMES, PUBLIC, RELATIVE, URLS
 from worker.errors import (
+    Cancelled,
     ConfigError,
     ReferenceRefused,
     ReferenceTooLarge,
@@ -618,6 +619,26 @@ def test_redirects_share_one_time_limit(fetch: Fetch, server: HostileServer) -> 
 
     assert time.monotonic() - begun < LATE_S
     assert len(server.seen) == 2
+
+
+def test_a_picture_that_nobody_wants_any_more_is_not_waited_for(
+    network: Network, server: HostileServer, tmp_path: Path
+) -> None:
+    http = PinnedHttp(Addresses(frozenset({server.origin}), resolve), NO_TRUST, network)
+    objects = SupabaseObjects(server.origin, KEY, http)
+    limits = PictureLimits(total_timeout_s=600.0)
+    silent = hostile.then_silence(hostile.head(200, Content_Length="9999"))
+    server.replies["/x.png"] = silent
+    server.replies["/storage/v1/object/user-library/u/x.png"] = silent
+
+    for number, source in enumerate(("http://good.example/x.png", "user-library/u/x.png"), 1):
+        with pytest.raises(Cancelled):
+            fetch_picture(
+                source, "image", tmp_path, http, limits, objects,
+                lambda number=number: len(server.seen) == number,
+            )  # fmt: skip
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_error_has_the_url_in_it(fetch: Fetch, server: HostileServer) -> None:

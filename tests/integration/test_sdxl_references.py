@@ -372,7 +372,7 @@ def test_modes_that_need_an_adapter_are_refused_without_one(
     model: Any, spec: ModelSpec, disc: Path, tmp_path: Path
 ) -> None:
     job = params(mode="style", strength=0.5)
-    with pytest.raises(Unsupported, match="the catalog has none for demo-image"):
+    with pytest.raises(Unsupported, match="an IP-Adapter, and demo-image has none"):
         model.check(job)
     assert "style" not in model.describe()["modes"]
 

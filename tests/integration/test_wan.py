@@ -12,9 +12,10 @@ from diffusers.pipelines.wan import pipeline_wan_vace
 from tests.rendering import load, render
 from worker.catalog import media_catalog
 from worker.config import load_settings
-from worker.engine.media.wan import PARTS, TEXT_TOKENS
+from worker.engine.media.wan import PARTS
 from worker.errors import PromptTooLong
 from worker.protocol.messages import RenderParams
+from worker.vram.phases import VIDEO_TEXT_TOKENS
 
 PARAMS: dict[str, Any] = {
     "width": 96,
@@ -67,8 +68,8 @@ def test_no_two_texts_become_one(wan, prompt):
 
 
 def test_a_prompt_over_the_encoders_length_is_refused(wan):
-    with pytest.raises(PromptTooLong, match=str(TEXT_TOKENS)):
-        wan.token_counts("red " * TEXT_TOKENS)
+    with pytest.raises(PromptTooLong, match=str(VIDEO_TEXT_TOKENS)):
+        wan.token_counts("red " * VIDEO_TEXT_TOKENS)
 
 
 def test_the_scheduler_and_its_shift_are_what_was_asked_for(wan, tmp_path):

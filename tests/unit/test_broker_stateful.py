@@ -50,6 +50,7 @@ class Work:
     cancelled: bool = False
     busy: bool = False  # computes, or brings what it computes with
     over: bool = False  # refused, released, or its lease has gone with a tenant
+    came: bool = False  # all that it was granted has been there
 
     @property
     def standing(self) -> bool:
@@ -89,6 +90,10 @@ class Engine:
     def held(self, tenant: str) -> int:
         return self.device.get(tenant, 0)
 
+    def held_bytes(self, tenant: str) -> int:
+        """What `Leases` asks the owner of a tenant."""
+        return self.held(tenant)
+
     def users(self, tenant: str) -> list[Work]:
         return [one for one in self.work if one.busy and tenant in one.question.way.tenants]
 
@@ -96,8 +101,14 @@ class Engine:
         return [
             tenant
             for tenant in work.question.way.tenants
-            if self.held(tenant) < self.specs[tenant].floor_bytes
+            if self.held(tenant) < max(self.specs[tenant].floor_bytes, self._least(work, tenant))
         ]
+
+    def _least(self, work: Work, tenant: str) -> int:
+        """A standing lease has what it asked for when it begins, and may lose it later."""
+        if work.standing and work.came:
+            return 0
+        return work.question.asked.least_bytes.get(tenant, 0)
 
     def hear(self) -> None:
         """Take one message."""
@@ -108,6 +119,11 @@ class Engine:
                 one.over, one.busy = one.cancelled, not one.cancelled
             if isinstance(message, Refused) and one.question.refused is message:
                 one.over = True
+        self._note_what_came()
+
+    def _note_what_came(self) -> None:
+        for one in self.work:
+            one.came |= one.busy and not self.missing(one)
 
     def give_back(self, order: Yield) -> int | None:
         """What `Leases` asks the owner of a tenant to do."""
@@ -178,6 +194,7 @@ class Engine:
         if works:
             self.device[tenant] = work.question.granted.held_bytes[tenant]
             self.leases.brought(work.question, tenant, self.device[tenant], 1.0)
+            self._note_what_came()
         else:
             self.leases.brought(work.question, tenant, 0, 0.0)
             self.cancel(work)
@@ -287,11 +304,29 @@ class Machine(RuleBasedStateMachine):
     def asks_for_a_phase(self, number: int, ways: list[WaySizes], heard: str) -> None:
         self._ask(number, ways, heard)
 
-    @rule(number=ENGINE, ways=WAYS, deadline_s=st.sampled_from((None, 3.0)), heard=HEARD)
-    def asks_with_priority(
-        self, number: int, ways: list[WaySizes], deadline_s: float | None, heard: str
-    ) -> None:
-        self._ask(number, ways, heard, priority=1, deadline_s=deadline_s)
+    @rule(number=ENGINE, ways=WAYS, heard=HEARD)
+    def asks_with_priority(self, number: int, ways: list[WaySizes], heard: str) -> None:
+        self._ask(number, ways, heard, priority=1)
+
+    @rule(number=ENGINE, pick=PICK, more=st.sampled_from((1, 5, 100)), standing=SELDOM, heard=HEARD)
+    def asks_for_room(
+        self, number: int, pick: int, more: int, standing: bool, heard: str
+    ) -> None:  # fmt: skip
+        """A request came that a pool is too small for. standing: the pool is away, and to come
+        with room."""
+        engine = self.engines.get(NAMES[number])
+        pools = [] if engine is None else [
+            (bit, spec)
+            for bit, spec in enumerate(engine.specs.values())
+            if spec.floor_bytes < spec.size_bytes
+        ]  # fmt: skip
+        if pools:
+            bit, spec = _pick(pools, pick)
+            least = min(spec.floor_bytes + more, spec.size_bytes)
+            self._ask(
+                number, [(1 << bit, 0, 0.0)], heard,
+                priority=1, least_bytes={spec.id: least}, standing=standing,
+            )  # fmt: skip
 
     @rule(number=ENGINE, peak=st.sampled_from((80, 91, 60, 40)), heard=HEARD)
     def asks_for_much(self, number: int, peak: int, heard: str) -> None:
@@ -314,7 +349,7 @@ class Machine(RuleBasedStateMachine):
         heard: str,
         *,
         priority: int = 0,
-        deadline_s: float | None = None,
+        least_bytes: dict[str, int] | None = None,
         standing: bool = False,
         free_only: bool = False,
     ) -> None:
@@ -336,7 +371,7 @@ class Machine(RuleBasedStateMachine):
                 for index, (bits, peak, longer_s) in enumerate(ways)
             ],
             priority=priority,
-            deadline_s=deadline_s,
+            least_bytes=least_bytes,
             standing=standing,
             free_only=free_only,
         )

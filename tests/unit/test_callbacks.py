@@ -308,6 +308,7 @@ def test_a_wan_picture_is_told_as_an_image_with_its_task() -> None:
         ("out_of_host_memory", "OOM_ERROR"),
         ("model_unavailable", "MODEL_LOAD_ERROR"),
         ("prompt_too_long", "INVALID_PROMPT"),
+        ("reference_forbidden", "REFERENCE_FRAME_ERROR"),
         ("reference_refused", "REFERENCE_FRAME_ERROR"),
         ("reference_too_large", "REFERENCE_FRAME_ERROR"),
         ("reference_unavailable", "REFERENCE_FRAME_ERROR"),

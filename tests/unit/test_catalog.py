@@ -389,3 +389,53 @@ def test_the_cure_for_missing_files_is_how_the_model_comes_here(
     text = f"[[models]]\nid = 'mine'\nkind = 'chat'\npath = 'm'\n{line}"
 
     assert chat_catalog(machine.settings(text)).default("chat").cure == cure
+
+
+READS = """
+[[adapters]]
+id = "reads"
+kind = "ip_adapter"
+model = "sdxl-one"
+path = "ip/reads.safetensors"
+image_encoder = "ip/encoder"
+"""
+FETCHED = READS + "source = {repository = 'a/b'}\nimage_encoder_source = {repository = 'a/b'}\n"
+
+
+def test_an_ip_adapter_that_nobody_has_fetched_is_none(machine: Machine) -> None:
+    model = media_catalog(machine.settings(FETCHED)).find("sdxl-one")
+
+    assert model.ip_adapter is None
+    assert model.ip_adapter_cure == "to have reads, run python scripts/fetch_models.py reads"
+
+    (machine.models / "ip").mkdir()
+    (machine.models / "ip" / "reads.safetensors").touch()
+
+    assert model.ip_adapter is not None  # the same catalog: nothing has to be started again
+
+
+def test_an_ip_adapter_of_ones_own_is_one_even_if_its_file_is_missing(machine: Machine) -> None:
+    """Whoever wrote it down is told that, not that there is none."""
+    model = media_catalog(machine.settings(READS)).find("sdxl-one")
+
+    assert model.ip_adapter is not None
+    assert model.ip_adapter.cure == "put its files there, or correct its paths in the catalog"
+    plain = media_catalog(machine.settings()).find("sdxl-one")
+    assert plain.ip_adapter is None
+    assert "add one to the profile as [[adapters]]" in plain.ip_adapter_cure
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        READS + "source = {repository = 'a/b'}",
+        READS + "image_encoder_source = {repository = 'a/b'}",
+        "[[adapters]]\nid = 'x'\nkind = 'lora'\nmodel = 'sdxl-one'\npath = 'x.safetensors'\n"
+        "image_encoder_source = {repository = 'a/b'}",
+    ],
+)
+def test_an_ip_adapter_comes_with_its_image_encoder_or_not_at_all(
+    machine: Machine, lines: str
+) -> None:
+    with pytest.raises(ConfigError, match="image_encoder_source of an ip_adapter go together"):
+        machine.settings(lines)

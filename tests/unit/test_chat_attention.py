@@ -12,8 +12,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.engine.chat import kernels as kernel_module
-from worker.engine.chat.attention import PagedKV, PagedPass
+from worker.engine.chat.attention import PagedKV
 from worker.engine.chat.cache import BLOCK_TOKENS, blocks_for
+from worker.engine.chat.gathered import GatheredPass
 from worker.engine.chat.kernels import can_decode, load
 from worker.engine.chat.scheduler import Piece, TokenSequence
 
@@ -54,7 +55,7 @@ def of_all_lengths(kv: PagedKV) -> list[TokenSequence]:
     return sequences
 
 
-def check(kv: PagedKV, sequences: list[TokenSequence], paged: PagedPass, off: float) -> None:
+def check(kv: PagedKV, sequences: list[TokenSequence], paged: GatheredPass, off: float) -> None:
     """Each row's attention is that of its sequence alone, and padding is zero.
 
     off: the greatest difference from the library's attention in double precision.
@@ -93,7 +94,7 @@ def test_rows_of_all_lengths_are_attended_to_as_if_alone_and_never_see_foreign_b
     kv = a_pool(40)
     sequences = of_all_lengths(kv)
     pieces = [Piece(one, one.computed, len(one.ids)) for one in sequences]
-    check(kv, sequences, PagedPass(kv, pieces, fixed_rows=fixed_rows), 1e-5)
+    check(kv, sequences, GatheredPass(kv, pieces, fixed_rows=fixed_rows), 1e-5)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -106,7 +107,7 @@ def test_the_kernel_does_so_too(size: int, dtype: torch.dtype, off: float) -> No
     sequences = of_all_lengths(kv)
     pieces = [Piece(one, one.computed, len(one.ids)) for one in sequences]
     assert kv.has_kernel()
-    check(kv, sequences, PagedPass(kv, pieces, kernel=True), off)
+    check(kv, sequences, GatheredPass(kv, pieces, kernel=True), off)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -117,7 +118,7 @@ def test_what_all_rows_begin_with_is_read_once_with_the_same_result(rows: int) -
     lengths = [20 * 16 + 1 + n % 16 for n in range(rows)]
     sequences = [decoding(tokens, [*common, 20 + n]) for n, tokens in enumerate(lengths)]
     pieces = [Piece(one, one.computed, len(one.ids)) for one in sequences]
-    paged = PagedPass(kv, pieces, kernel=True)
+    paged = GatheredPass(kv, pieces, kernel=True)
     assert paged._tables is not None
     assert paged._tables.common == (20 if rows > 1 else 0)
     check(kv, sequences, paged, 1e-5)
@@ -133,7 +134,7 @@ def test_a_prompt_beside_decoding_rows_is_stored_and_attended_to() -> None:
     outs = []
     for kernel in (False, True):
         kv = a_pool(20, 32)
-        paged = PagedPass(kv, pieces, kernel=kernel)
+        paged = GatheredPass(kv, pieces, kernel=kernel)
         outs.append(paged.attend(0, query, *made, 32**-0.5))
         stored = kv.keys[0][:, prompt.blocks].reshape(HEADS, -1, 32)[:, 20:50]
         assert torch.equal(stored, made[0, 0, :, 1:])
@@ -146,7 +147,7 @@ def test_what_is_not_a_number_is_not_made_one_by_the_kernel(bad: float) -> None:
     kv = a_pool(4, 16)
     sequence = decoding(40, [0, 1, 2])
     kv.keys[0][0, 1, 3, 5] = bad
-    paged = PagedPass(kv, [Piece(sequence, 39, 40)], kernel=True)
+    paged = GatheredPass(kv, [Piece(sequence, 39, 40)], kernel=True)
     query, made = torch.ones(1, QUERY_HEADS, 2, 16), torch.randn(2, 1, HEADS, 2, 16)
 
     out = paged.attend(0, query, *made, 0.25)
@@ -184,7 +185,7 @@ def test_no_gather_copies_more_than_a_layer_of_the_pool() -> None:
     short = [decoding(3, [39])]
     pieces = [Piece(one, one.computed, len(one.ids)) for one in (long, *others, *short)]
 
-    paged = PagedPass(kv, pieces)
+    paged = GatheredPass(kv, pieces)
 
     copied = [group.table for group in paged._decoding if not isinstance(group.table, slice)]
     assert copied

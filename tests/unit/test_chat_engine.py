@@ -20,7 +20,7 @@ from worker.config import REPOSITORY, load_settings
 from worker.engine.chat.attention import PagedKV
 from worker.engine.chat.engine import ChatEngine
 from worker.engine.chat.model import LanguageModel
-from worker.engine.chat.scheduler import Piece
+from worker.engine.chat.scheduler import Piece, TokenSequence
 from worker.engine.host import Report, Ticket
 from worker.engine.leases import Leases, alone
 from worker.protocol.messages import (
@@ -84,7 +84,8 @@ class KnownPeaks(Peaks):
     """Every pass takes the same; what passes take is not this file's business."""
 
     def ask(self, questions: Sequence[Question]) -> list[Peak]:
-        return [Peak(weight_bytes=1, streamed_bytes=1, peak_bytes=1 << 20) for _ in questions]
+        one = Peak(weight_bytes=1, parked_bytes=1, streamed_bytes=1, peak_bytes=1 << 20)
+        return [one for _ in questions]
 
 
 PEAKS = KnownPeaks(Path("nowhere"))
@@ -484,6 +485,12 @@ def test_a_grammar_that_gives_up_ends_its_own_request_and_moves_no_other(
     assert counters is not None and counters["passes_retried"] == 0
 
 
+def sequence_of(bench: Bench, name: str) -> TokenSequence:
+    request = bench.engine._turns.of_ticket(Ticket(b"peer", name))
+    assert request is not None
+    return request.sequence
+
+
 # --- numbers that are none -----------------------------------------------------------------------
 
 
@@ -493,7 +500,7 @@ def test_a_nan_ends_its_request_and_reaches_no_other(state_dir: Path, expected: 
         bench.ask(str(index), PROMPTS[index])
     while bench.engine.report().active < 6:
         bench.engine.step()
-    broken = bench.engine._requests[Ticket(b"peer", "2")].sequence
+    broken = sequence_of(bench, "2")
     with torch.inference_mode():
         for layer in bench.model.runner._kv.values:
             layer[:, broken.blocks[-1]] = math.nan
@@ -579,7 +586,7 @@ def test_a_pass_that_fails_is_repeated_piece_by_piece_and_one_that_fails_alone_f
     while not bench.engine.report().active == 8:
         bench.engine.step()
     run = bench.model.runner.run
-    broken = bench.engine._requests[Ticket(b"peer", "3")].sequence
+    broken = sequence_of(bench, "3")
     calls: list[int] = []
 
     def failing(pieces: Sequence[Any]) -> list[torch.Tensor]:

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from worker.engine.chat.attention import NAME, PagedKV, PagedPass, register
+from worker.engine.chat.attention import NAME, PagedKV, register
 from worker.engine.chat.forward import Forward
+from worker.engine.chat.gathered import GatheredPass
 from worker.engine.chat.linear import PackedLinear, can_pack, pack
 from worker.engine.chat.scheduler import Piece, TokenSequence
 
+CPU = torch.device("cpu")
 LAYERS, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 16
 
 
@@ -68,7 +70,7 @@ def test_an_output_layer_tied_to_the_embedding_is_packed_and_the_embedding_stays
     assert torch.equal(model.get_input_embeddings().weight, table)
 
 
-def a_pass(tokens: list[int]) -> tuple[PagedKV, PagedPass]:
+def a_pass(tokens: list[int]) -> tuple[PagedKV, GatheredPass]:
     """Prompts of so many tokens each, in one pass over a pool of their own."""
     kv = PagedKV(
         layers=LAYERS, heads=KEY_HEADS, head_size=SIZE, blocks=20, dtype=torch.float32,
@@ -79,10 +81,10 @@ def a_pass(tokens: list[int]) -> tuple[PagedKV, PagedPass]:
         sequence = TokenSequence([n % 99 for n in range(count)], 5)
         sequence.blocks = [next(free) for _ in range(-(-count // 16))]
         pieces.append(Piece(sequence, 0, count))
-    return kv, PagedPass(kv, pieces)
+    return kv, GatheredPass(kv, pieces)
 
 
-def runs_model_code(forward: Forward, paged: PagedPass) -> tuple[bool, torch.Tensor]:
+def runs_model_code(forward: Forward, paged: GatheredPass) -> tuple[bool, torch.Tensor]:
     """Whether a call runs the model's Python code, which compiled code does not; and its logits."""
     seen = set()
 
@@ -120,8 +122,8 @@ def test_compiled_code_takes_the_place_of_the_models_for_every_number_of_rows(
         pytest.skip("no C++ compiler on this machine")
     # Two of one shape: what was compiled for one must not run in the place of the other.
     models = [a_model(seed) for seed in (1, 2)]
-    forwards = [Forward(f"model {n}", copy.deepcopy(model)) for n, model in enumerate(models)]
-    uncompiled = [Forward("plain", model) for model in models]
+    forwards = [Forward(f"model {n}", copy.deepcopy(model), CPU) for n, model in enumerate(models)]
+    uncompiled = [Forward("plain", model, CPU) for model in models]
     for forward in forwards:
         forward.compile_in_background(tmp_path / "compiled")
         assert forward.wait_until_compiled(120), caplog.text
@@ -150,7 +152,7 @@ def test_without_a_compiler_it_stays_uncompiled_and_says_so_once(
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing_found)
-    forward = Forward("model", a_model(3))
+    forward = Forward("model", a_model(3), CPU)
     forward.compile_in_background(tmp_path / "compiled")
     assert not forward.wait_until_compiled(120)
     forward.compile_in_background(tmp_path / "compiled")
@@ -165,7 +167,7 @@ def test_without_a_compiler_it_stays_uncompiled_and_says_so_once(
 def test_a_folder_with_a_space_in_its_path_is_named_with_what_to_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    forward = Forward("model", a_model(4))
+    forward = Forward("model", a_model(4), CPU)
     forward.compile_in_background(tmp_path / "a b" / "compiled")
 
     assert not forward.wait_until_compiled(60)

@@ -40,6 +40,7 @@ class Card:
     """Plays the runner: each slot of each block holds the whole text up to its token."""
 
     def __init__(self, blocks: int):
+        self.whole = blocks  # of the pool; less while it is shrunk
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, max_running=MAX_RUNNING, pass_tokens=PASS_TOKENS)
         self.slots: dict[int, Text] = {}
@@ -50,14 +51,16 @@ class Card:
 
     def add(self, ids: list[int], limit: int, *, deterministic: bool = False) -> None:
         sequence = TokenSequence(ids, limit, deterministic=deterministic)
-        if sequence.most_blocks > self.pool.count:
+        if sequence.most_blocks > self.whole:
             return
         self.alive.append(sequence)
         self.scheduler.add(sequence)
 
     def step(self) -> Plan:
+        waited = self._waiting()
         plan = self.scheduler.plan()
         self._move(plan)
+        self._check_who_began(waited)
         tokens = 0
         for piece in plan.pieces:
             sequence = piece.sequence
@@ -89,8 +92,15 @@ class Card:
             self.scheduler.remove(sequence)
             self.host.pop(id(sequence), None)
 
+    def give_room(self) -> None:
+        """The pool grows for the first sequence that it is too small for."""
+        if too_long := self.scheduler.too_long:
+            self.resize(too_long[0].most_blocks)
+            too_long[0].has_room = True
+
     def resize(self, blocks: int) -> None:
-        blocks = max([blocks, *(sequence.most_blocks for sequence in self.alive)])
+        """As an engine does it when it is asked to: not below what it has to keep."""
+        blocks = min(max(blocks, self.scheduler.most_blocks_kept), self.whole)
         for sequence, had in self.scheduler.shrink_to(blocks):
             self._park(sequence, had)
         moves = self.pool.resize(blocks)
@@ -101,6 +111,17 @@ class Card:
                 new = moves[slot // BLOCK_TOKENS] * BLOCK_TOKENS + slot % BLOCK_TOKENS
                 self.slots[new] = text
         self.pool.check()
+
+    def _waiting(self) -> list[TokenSequence]:
+        begun = self.scheduler.running + self.scheduler.parked
+        return list(self.scheduler)[begun:]
+
+    def _check_who_began(self, waited: list[TokenSequence]) -> None:
+        """Nothing that came later goes before a sequence which has room."""
+        left = self._waiting()
+        began = [index for index, one in enumerate(waited) if one not in left]
+        with_room = [index for index, one in enumerate(waited) if one in left and one.has_room]
+        assert not began or not with_room or max(began) < min(with_room)
 
     def _move(self, plan: Plan) -> None:
         for sequence, had in plan.park:
@@ -135,7 +156,8 @@ ADD_FIXED = st.tuples(st.just("add deterministic"), PROMPT, st.integers(1, 40))
 STEP = st.tuples(st.just("step"), st.none(), st.integers(1, 12))
 CANCEL = st.tuples(st.just("cancel"), st.none(), st.integers(0, 20))
 RESIZE = st.tuples(st.just("resize"), st.none(), st.integers(1, 24))
-ACTIONS = st.lists(ADD | ADD_FIXED | STEP | STEP | CANCEL | RESIZE, max_size=40)
+ROOM = st.tuples(st.just("room"), st.none(), st.just(0))
+ACTIONS = st.lists(ADD | ADD_FIXED | STEP | STEP | CANCEL | RESIZE | ROOM, max_size=40)
 
 
 @settings(max_examples=400, deadline=None)
@@ -152,11 +174,15 @@ def test_no_block_is_lost_or_shared_wrongly_and_every_sequence_ends(
                 card.step()
         elif action == "cancel":
             card.cancel(number)
+        elif action == "room":
+            card.give_room()
         else:
             card.resize(number)
 
     for _ in range(40 * (len(card.alive) + 1) * 3):
+        card.give_room()
         card.step()
+        card.resize(1)  # whatever need not be kept is asked back at once
 
     assert card.alive == []
     assert list(card.scheduler) == []
@@ -332,6 +358,26 @@ def test_a_pool_does_not_shrink_below_what_a_sequence_can_need() -> None:
     with pytest.raises(ValueError, match="can need 7 blocks"):
         card.scheduler.shrink_to(5)
     run_out(card)
+
+
+def test_a_sequence_that_was_given_room_keeps_it_until_it_begins() -> None:
+    """Else it is taken away again while others end, and the sequence asks for it for ever."""
+    card = Card(30)
+    for number in range(MAX_RUNNING):
+        card.add([number] * 20, 5)
+    card.step()
+    card.resize(10)
+    card.add([9] * 100, 200)
+    [long] = card.scheduler.too_long
+    card.give_room()
+
+    card.resize(10)
+    assert card.pool.count == long.most_blocks == 19
+    with pytest.raises(ValueError, match="can need 19 blocks"):
+        card.scheduler.shrink_to(18)
+    run_out(card)
+    card.resize(10)
+    assert card.pool.count == 10
 
 
 def test_blocks_that_are_distrusted_are_found_by_nobody_and_those_of_others_stay() -> None:

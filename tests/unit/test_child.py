@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ from worker.supervisor.child import (
     exit_text,
     restart_delay,
 )
-from worker.supervisor.spawn import (
-    MAX_LOG_BYTES,
-    Spawner,
-    child_environment,
-    child_specs,
-    pick_cause,
-)
+from worker.supervisor.logs import ChildLogs, pick_cause
+from worker.supervisor.spawn import Spawner, child_environment, child_specs
 from worker.vram.probe import Card
 
 FRONT = ChildSpec("front chat", ("-c", "print('hello from a child')"), port=7861)
@@ -268,56 +262,25 @@ def test_a_profile_is_fronts_runner_engines_and_gateway_with_the_ports_first() -
     assert all(spec.arguments[-2:] == ("--profile", str(settings.profile_path)) for spec in specs)
 
 
-def run(spawner: Spawner, spec: ChildSpec) -> subprocess.Popen[bytes]:
-    process = spawner(spec)
-    assert process.wait(timeout=30) == 0
-    return process
-
-
 def test_a_childs_output_goes_to_the_log_of_its_name(tmp_path: Path) -> None:
-    spawner = Spawner(tmp_path / "logs", os.environ)
+    logs = ChildLogs(tmp_path / "logs")
 
-    run(spawner, FRONT)
-    run(spawner, FRONT)
+    for _ in range(2):
+        assert Spawner(logs, os.environ)(FRONT).wait(timeout=30) == 0
+        logs.close()
 
-    assert spawner.log_path("front chat") == tmp_path / "logs" / "front-chat.log"
-    log = spawner.log_path("front chat").read_text()
-    assert log == "hello from a child\n" * 2
+    assert logs.path("front chat") == tmp_path / "logs" / "front-chat.log"
+    assert logs.path("front chat").read_text() == "hello from a child\n" * 2
 
 
 def test_a_child_is_in_a_session_of_its_own_so_that_ctrl_c_is_not_for_it(tmp_path: Path) -> None:
     code = "import os; print(os.getsid(0) == os.getpid())"
-    spawner = Spawner(tmp_path / "logs", os.environ)
+    logs = ChildLogs(tmp_path / "logs")
 
-    run(spawner, ChildSpec("engine chat", ("-c", code)))
+    Spawner(logs, os.environ)(ChildSpec("engine chat", ("-c", code))).wait(timeout=30)
 
-    assert spawner.log_path("engine chat").read_text() == "True\n"
-
-
-def test_a_log_that_has_grown_too_long_is_put_aside_at_the_next_start(tmp_path: Path) -> None:
-    spawner = Spawner(tmp_path / "logs", os.environ)
-    path = spawner.log_path("front chat")
-    with path.open("wb") as file:
-        file.truncate(MAX_LOG_BYTES + 1)
-
-    run(spawner, FRONT)
-
-    assert path.read_text() == "hello from a child\n"
-    assert path.with_suffix(".log.1").stat().st_size == MAX_LOG_BYTES + 1
-
-
-def test_last_words_are_read_from_the_end_of_the_log(tmp_path: Path) -> None:
-    spawner = Spawner(tmp_path / "logs", os.environ)
-    path = spawner.log_path("front chat")
-
-    path.write_bytes(b"ValueError: long ago\n" + b"x" * 9000)
-    assert spawner.last_words("front chat") == ""
-    path.write_bytes(path.read_bytes() + b"\xff\xfe\nKeyError: now\n")
-    assert spawner.last_words("front chat") == "KeyError: now"
-
-
-def test_a_child_without_a_log_has_no_last_words(tmp_path: Path) -> None:
-    assert Spawner(tmp_path / "logs", os.environ).last_words("front chat") == ""
+    logs.close()
+    assert logs.path("engine chat").read_text() == "True\n"
 
 
 # --- the profile that fits ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from worker.config import (
     CONFIGS,
     KEY_NAMES,
+    AdapterEntry,
     GatewayPlace,
     ModelEntry,
     Profile,
@@ -143,7 +144,15 @@ def _told_default(section: str, key: str) -> str:
 def test_the_shipped_files_show_every_key_of_a_model(key: str) -> None:
     text = "".join((CONFIGS / name).read_text("utf-8") for name in ("demo.toml", "models.toml"))
 
-    assert re.search(rf"^(# )?{key}\s|^\[models\.{key}\]", text, re.MULTILINE)
+    assert re.search(rf"^(# )?{key}\s|^\[models\.(source\.)?{key}\]", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("key", AdapterEntry.model_fields)
+def test_the_shipped_catalog_shows_every_key_of_an_adapter(key: str) -> None:
+    text = (CONFIGS / "models.toml").read_text("utf-8")
+    _, _, text = text.partition("# [[adapters]]")
+
+    assert re.search(rf"^{key}\s|^\[adapters\.{key}\]", text, re.MULTILINE)
 
 
 # --- refusals that help ------------------------------------------------------------------------

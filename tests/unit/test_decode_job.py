@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from worker.catalog import NATIVE_FRAMES, AdapterSpec, Catalog, ModelSpec
 from worker.config import Kind, Limits
-from worker.errors import InvalidRequest, OutOfRange, Unsupported, WorkerError, has_trap_word
+from worker.errors import (
+    InvalidRequest,
+    OutOfRange,
+    ReferenceForbidden,
+    Unsupported,
+    WorkerError,
+    has_trap_word,
+)
 from worker.jobs.decode import JobRequest, decode_job
 from worker.jobs.stored import from_json, to_json
 from worker.jobs.types import JOB_TYPES, MAX_SEED, SPELLINGS
@@ -930,7 +937,7 @@ def test_every_json_body_is_a_job_or_the_clients_mistake(body: Any) -> None:
     try:
         job = decode(body)
     except WorkerError as exc:
-        assert type(exc) in (InvalidRequest, OutOfRange, Unsupported)
+        assert type(exc) in (InvalidRequest, OutOfRange, ReferenceForbidden, Unsupported)
         assert not has_trap_word(str(exc))
     else:
         assert isinstance(job, JobRequest)

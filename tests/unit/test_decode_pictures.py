@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from worker.catalog import NATIVE_FRAMES, AdapterSpec, Catalog, ModelSpec
 from worker.config import Kind, Limits
-from worker.errors import InvalidRequest, OutOfRange, Unsupported, WorkerError, has_trap_word
+from worker.errors import (
+    InvalidRequest,
+    OutOfRange,
+    ReferenceForbidden,
+    Unsupported,
+    WorkerError,
+    has_trap_word,
+)
 from worker.jobs.decode import JobRequest, Wanted, decode_job
 
 # A busy machine is no reason to fail.
@@ -523,7 +530,9 @@ def test_asking_for_nothing_is_no_reason_to_refuse_or_to_list(
     ],
 )
 def test_an_address_is_kept_as_it_is(source: str) -> None:
-    assert image(reference_image_url=source).references == (Wanted("image", source),)
+    job = image(reference_image_url=source, user_id="u-1")
+
+    assert job.references == (Wanted("image", source),)
 
 
 @pytest.mark.parametrize(
@@ -578,6 +587,75 @@ def test_an_address_has_a_longest_and_is_whole_text() -> None:
 
 def test_a_signed_address_does_not_stand_in_what_is_logged_of_a_job() -> None:
     assert "token=eyJ" not in repr(image(image=URL))
+
+
+# --- whose pictures ----------------------------------------------------------------------------
+
+OWN = "user-library/u-1/a.png"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "user-library/u-2/a.png",
+        "workspace-temp/u-2/j-1/0.png",
+        "user-library/a.png",
+        "user-library/u-1",
+        "user-library/u-1.png",
+        "user-library/u-10/a.png",
+        "user-library/U-1/a.png",
+        "user-library/ u-1/a.png",
+        "user-library/%75-1/a.png",
+        "user-library/x/u-1/a.png",
+        "workspace-temp/user-library/u-1/a.png",
+    ],
+)
+def test_a_path_in_storage_outside_the_users_own_folder_is_refused_and_not_shown(path: str) -> None:
+    for kind, key in (("sdxl_image_fast", "reference_image_url"), ("video_fast", "first_frame")):
+        said = refusal(ReferenceForbidden, {"type": kind, key: path, "user_id": "u-1"})
+
+        assert said == (
+            "a picture in storage must lie in the folder of the job's own user_id, as in "
+            "user-library/USER_ID/FILE; for any other picture send a signed URL"
+        )
+
+
+@pytest.mark.parametrize("user_id", [None, ""])
+def test_a_path_in_storage_needs_a_user(user_id: str | None) -> None:
+    kind = InvalidRequest if user_id == "" else ReferenceForbidden  # an empty one is none at all
+
+    assert "user_id" in refusal(kind, {"image": OWN, "user_id": user_id})
+
+
+@pytest.mark.parametrize("table", ["config", "metadata"])
+def test_only_the_user_at_the_top_counts(table: str) -> None:
+    body = {"user_id": "u-1", table: {"user_id": "u-2"}}
+
+    refusal(ReferenceForbidden, {**body, "image": "user-library/u-2/a.png"})
+    assert image(**body, image=OWN).user_id == "u-1"
+
+
+@pytest.mark.parametrize("which", ["first_frame", "last_frame"])
+def test_each_picture_of_a_job_must_be_the_users_own(which: str) -> None:
+    pictures = {"first_frame": OWN, "last_frame": OWN}
+
+    assert len(video(**pictures, user_id="u-1").references) == 2
+    refusal(
+        ReferenceForbidden,
+        {"type": "video", "user_id": "u-1", **pictures, which: "user-library/u-2/a.png"},
+    )
+
+
+def test_a_picture_that_is_not_used_is_nobodys_business() -> None:
+    elsewhere = "user-library/u-2/a.png"
+
+    assert video(first_frame=OWN, image=elsewhere, user_id="u-1").params.mode == "start"
+    assert decode({"type": "image_fast", "prompt": "x", "image": elsewhere}).references == ()
+
+
+def test_an_address_outside_the_storage_needs_no_user() -> None:
+    assert image(image=URL).references == (Wanted("image", URL),)
+    assert image(image=URL, user_id="u-2").references == (Wanted("image", URL),)
 
 
 # --- how much a picture counts -----------------------------------------------------------------
@@ -847,7 +925,7 @@ def test_without_an_adapter_style_and_character_are_refused_with_what_to_add(kin
     said = refusal(Unsupported, {"image": URL, "reference_type": kind})
 
     assert said == (
-        f"reference_type {kind} needs an ip_adapter and the catalog has none for model plain; "
+        f"reference_type {kind} needs an ip_adapter, and model plain has none; "
         "add one to the profile as [[adapters]] with kind, model, path and image_encoder"
     )
 
@@ -881,7 +959,9 @@ def test_a_reference_type_that_cannot_be_had_is_refused(
 
 # --- any combination ---------------------------------------------------------------------------
 
-SOURCES = st.sampled_from([URL, FIRST, "user-library/u/a.png", "", None, "a.png"])
+SOURCES = st.sampled_from(
+    [URL, FIRST, "user-library/u/a.png", "user-library/other/a.png", "", None, "a.png"]
+)
 TABLE = st.fixed_dictionaries(
     {},
     optional={
@@ -909,15 +989,17 @@ def test_every_combination_is_one_consistent_job_or_a_refusal(
     kind: str, model: str, root: dict[str, Any], config: dict[str, Any], metadata: dict[str, Any]
 ) -> None:
     body = {"type": kind, "prompt": "x", **root, "config": config, "metadata": metadata}
+    body["user_id"] = "u"
     if kind.startswith("sdxl"):
         body["model"] = model
 
     try:
         job = decode(body)
-    except (InvalidRequest, OutOfRange, Unsupported) as exc:
+    except (InvalidRequest, OutOfRange, ReferenceForbidden, Unsupported) as exc:
         assert not has_trap_word(str(exc))
         return
 
+    assert "user-library/other/a.png" not in {one.source for one in job.references}
     roles = {one.role for one in job.references}
     expected = {
         "text": set(),

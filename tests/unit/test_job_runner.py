@@ -6,15 +6,21 @@ The engine is a script; journal, files and threads are real.
 from __future__ import annotations
 
 import errno
+import io
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import psutil
 import pytest
+from PIL import Image
 
+from tests import hostile
 from tests.fakes import (
     PATIENCE_S,
     FakeLink,
@@ -25,6 +31,7 @@ from tests.fakes import (
     raises,
     stays_silent,
 )
+from tests.hostile import HostileServer
 from tests.job_parts import Clock, Gate, request, says, sha256
 from worker.errors import (
     EngineLost,
@@ -35,14 +42,17 @@ from worker.errors import (
     ReferenceUnavailable,
     has_trap_word,
 )
+from worker.jobs import maker as maker_module
 from worker.jobs import runner as runner_module
 from worker.jobs.bell import Bell
 from worker.jobs.board import Board
 from worker.jobs.decode import Wanted
+from worker.jobs.failures import FETCH_TRIES, FULL_DISK_S
 from worker.jobs.job import Job, Status
 from worker.jobs.journal import Journal, NewDelivery, Upload
+from worker.jobs.maker import MAX_RESTARTS, Maker
 from worker.jobs.results import Results
-from worker.jobs.runner import FETCH_TRIES, FULL_DISK_S, MAX_RESTARTS, JobRunner
+from worker.jobs.runner import JobRunner
 from worker.protocol.messages import (
     AssetFile,
     JobNews,
@@ -52,12 +62,25 @@ from worker.protocol.messages import (
     Reference,
     RenderJob,
 )
+from worker.storage.addresses import Addresses
+from worker.storage.pinned import PinnedHttp
+from worker.storage.references import PictureLimits, fetch_picture
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 LOST = raises(EngineLost("the engine media process ended", retry_after_s=3))
 AWAY = raises(EngineUnavailable("the engine media process is starting"))
 IMAGE = Wanted("image", "https://pictures.example/a.png")
 PICTURED: dict[str, Any] = {"references": (IMAGE,)}
+LONG_LIMITS = PictureLimits(total_timeout_s=600.0)  # no test waits for so long
+
+
+def _drawn() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = _drawn()
 
 
 class Bench:
@@ -74,6 +97,7 @@ class Bench:
         self.link: FakeLink = FakeMediaLink()
         self.fetched: list[str] = []
         self.fetch: Callable[[Wanted], None] = lambda wanted: None  # may raise or wait
+        self.http: PinnedHttp | None = None  # where pictures are fetched from instead
         self.told: list[tuple[str, str]] = []
         self.uploads = False
         self.keep_finished = 100
@@ -119,8 +143,12 @@ class Bench:
 
     # --- what the runner is given ----------------------------------------------------------
 
-    def _fetch(self, wanted: Wanted, folder: Path) -> Reference:
+    def _fetch(self, wanted: Wanted, folder: Path, should_stop: Callable[[], bool]) -> Reference:
         self.fetched.append(wanted.source)
+        if self.http is not None:
+            return fetch_picture(
+                wanted.source, wanted.role, folder, self.http, LONG_LIMITS, None, should_stop
+            )
         self.fetch(wanted)
         file = folder / f"{wanted.role}.png"
         file.write_bytes(wanted.source.encode())
@@ -199,8 +227,9 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(runner_module, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(runner_module, "RETRY_S", 0.01)
+    for module in (maker_module, runner_module):
+        monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+        monkeypatch.setattr(module, "RETRY_S", 0.01)
     monkeypatch.setattr(runner_module, "FORGET_EVERY_S", 0.0)
     bench = Bench(tmp_path / "jobs")
     yield bench
@@ -815,6 +844,116 @@ def test_a_job_whose_engine_dies_after_a_cancel_does_not_begin_anew(
     assert bench.rendered() == ["a"] * deaths
 
 
+# --- pictures that come too slowly --------------------------------------------------------------
+
+SLOW = {
+    "no answer": hostile.then_silence(),
+    "headers by bytes": hostile.dripping(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "body by bytes": hostile.dripping(hostile.head(200, Content_Length="9999"), b"x"),
+    "a redirect to that": hostile.redirect("/body by bytes".replace(" ", "%20")),
+}
+
+
+@pytest.fixture
+def slow(bench: Bench) -> Iterator[HostileServer]:
+    """Where jobs find their pictures, each reply at the path of its name."""
+    with HostileServer() as server:
+        server.replies = {f"/{quote(name)}": reply for name, reply in SLOW.items()}
+        addresses = Addresses(frozenset({server.origin}))
+        bench.http = PinnedHttp(addresses, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        yield server
+        bench.stop()
+        bench.runner = None
+
+
+def pictured(server: HostileServer, name: str) -> dict[str, Any]:
+    return {"references": (Wanted("image", f"{server.origin}/{quote(name)}"),)}
+
+
+def is_fetched_from(server: HostileServer) -> bool:
+    """Whether a socket of this process leads there."""
+    found = psutil.Process().net_connections("tcp")
+    return any(one.raddr and one.raddr.port == server.port for one in found)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_cancel_ends_the_fetching_of_a_picture_at_once(
+    bench: Bench, slow: HostileServer, name: str
+) -> None:
+    bench.add("a", **pictured(slow, name))
+    bench.start()
+    bench.until(lambda: bool(slow.asked()))
+
+    bench.journal.wish_cancel("a")
+
+    job = cancelled(bench, "a")
+    assert job.error == "cancelled while its pictures were fetched"
+    assert not is_fetched_from(slow)
+    assert bench.rendered() == []
+
+
+def test_a_cancel_ends_the_fetching_of_no_other_job(bench: Bench, slow: HostileServer) -> None:
+    bench.add("a", **pictured(slow, "body by bytes"))
+    bench.add("b", **pictured(slow, "no answer"))
+    bench.start()
+    bench.until(lambda: len(slow.asked()) == 2)
+
+    bench.journal.wish_cancel("a")
+
+    cancelled_a = bench.wait("a")
+    bench.rounds()
+    assert cancelled_a.status is Status.CANCELLED
+    assert bench.journal.get("b").status is Status.PROCESSING
+    assert is_fetched_from(slow)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_drain_does_not_wait_for_a_picture(bench: Bench, slow: HostileServer, name: str) -> None:
+    """The job would not be rendered any more; the next runner fetches it."""
+    bench.add("a", **pictured(slow, name))
+    runner = bench.start()
+    bench.until(lambda: bool(slow.asked()))
+
+    runner.stop_taking()
+
+    bench.idle()
+    assert bench.journal.get("a").status is Status.QUEUED
+    assert not is_fetched_from(slow)
+    slow.replies = dict.fromkeys(slow.replies, hostile.answer(200, PNG))
+    bench.restart()
+    complete(bench, "a")
+
+
+def test_a_job_that_is_cancelled_while_its_runner_drains_ends_so(
+    bench: Bench, slow: HostileServer
+) -> None:
+    bench.add("a", **pictured(slow, "no answer"))
+    runner = bench.start()
+    bench.until(lambda: bool(slow.asked()))
+
+    bench.journal.wish_cancel("a")
+    runner.stop_taking()
+
+    cancelled(bench, "a")
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_runner_that_ends_waits_for_no_picture(
+    bench: Bench, slow: HostileServer, name: str
+) -> None:
+    bench.add("a", **pictured(slow, name))
+    bench.start()
+    bench.until(lambda: bool(slow.asked()))
+
+    bench.stop()  # fails when a thread is left
+
+    assert not is_fetched_from(slow)
+    assert bench.journal.get("a").status is Status.PROCESSING
+    slow.replies = dict.fromkeys(slow.replies, hostile.answer(200, PNG))
+    bench.start()
+    complete(bench, "a")
+
+
 # --- engines that die --------------------------------------------------------------------------
 
 
@@ -1163,7 +1302,7 @@ def test_a_job_whose_picture_was_being_fetched_when_the_runner_ended_is_made_by_
     assert gate.reached.wait(PATIENCE_S)
     closing = threading.Thread(target=runner.close)
     closing.start()
-    while not runner._stopping:
+    while not runner._runs.stopping:
         time.sleep(0.001)
     gate.opened.set()
     closing.join(PATIENCE_S)
@@ -1331,7 +1470,7 @@ def test_a_job_that_has_ended_its_runner_a_few_times_is_made(bench: Bench) -> No
 def test_a_job_that_another_version_accepted_fails_with_what_to_do(bench: Bench) -> None:
     bench.add("a")
     bench.add("b")
-    with bench.journal._changing() as database:
+    with bench.journal._database.changing() as database:
         database.execute("""UPDATE jobs SET request = '{"v": 99}' WHERE id = 'a'""")
     bench.start()
 
@@ -1558,14 +1697,14 @@ def test_an_engine_that_dies_over_the_rest_of_a_batch_counts_nothing_for_a_job_t
 
 def held_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Start the runner with a and b for one batch, of which a is claimed and not yet sent."""
-    gate, real = Gate(), JobRunner._references
+    gate, real = Gate(), Maker._references
 
-    def references(self: JobRunner, run: Any, folder: Path) -> tuple[Reference, ...]:
+    def references(self: Maker, run: Any, folder: Path) -> tuple[Reference, ...]:
         if run.job.id == "a" and not gate.opened.is_set():
             gate()
         return real(self, run, folder)
 
-    monkeypatch.setattr(JobRunner, "_references", references)
+    monkeypatch.setattr(Maker, "_references", references)
     bench.batch_images = 6
     bench.add("a", **CLOSE)
     bench.add("b", **CLOSE)

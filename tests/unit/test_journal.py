@@ -35,9 +35,10 @@ from worker.errors import (
 from worker.jobs import database as database_module
 from worker.jobs.bell import Bell
 from worker.jobs.job import Job, Status
-from worker.jobs.journal import MAX_NESTING, Journal, NewDelivery, Upload
+from worker.jobs.journal import Journal, NewDelivery, Upload
 from worker.jobs.schedule import Waiting
 from worker.jobs.schema import STEPS
+from worker.jobs.stored import MAX_NESTING
 from worker.protocol.messages import LoraUse, WeightedTerm
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)

@@ -8,6 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worker.engine.leases import Leases
 from worker.protocol.messages import (
@@ -22,6 +24,7 @@ from worker.protocol.messages import (
     PhaseWays,
     Refused,
     Release,
+    Stay,
     TenantSpec,
     Use,
     Way,
@@ -29,16 +32,12 @@ from worker.protocol.messages import (
     Yield,
     Yielded,
 )
-from worker.vram.broker import (
-    DECLINED_S,
-    GROW_AFTER_S,
-    PATIENCE_S,
-    PAUSE_AFTER_S,
-    Broker,
-    Order,
-)
+from worker.vram.broker import DECLINED_S, Broker, Order
 from worker.vram.dryrun import dry_run
 from worker.vram.ledger import Ledger, OverCommit, StaleFence
+from worker.vram.lending.grants import PAUSE_AFTER_S
+from worker.vram.lending.service import GROW_AFTER_S
+from worker.vram.lending.waiters import PATIENCE_S
 from worker.vram.order import MAX_HELD_S, MAX_OVERTAKEN
 
 GIB = 2**30
@@ -222,6 +221,9 @@ class Card:
             case Yield(kind=kind, tenant=tenant, wait=wait):
                 self.orders[tenant] = message
                 return f"{'wait, ' if wait else ''}{kind} {tenant}"
+            case Stay(tenant=tenant, move=move):
+                assert self.orders[tenant].move == move
+                return f"stay {tenant}"
             case Pause(fence=fence):
                 paused = next(name for name, one in self.grants.items() if one.fence == fence)
                 return f"pause {paused}"
@@ -642,6 +644,209 @@ def test_a_pool_comes_at_its_floor_where_more_would_cost_somebody_else_his_place
     assert card.grants["lane"].held_bytes == {"qwen.pool": 2 * GIB}
 
 
+# --- room for a request that a shrunk pool is too small for ---------------------------------------
+
+
+def shrunk(card: Card) -> None:
+    """A pool of 6 GiB in use that has 2, beside a job of 7 of the 10."""
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=7))
+    card.give("chat", "qwen.pool")
+
+
+def ask_for_room(card: Card, request: str, least_gib: int) -> list[str]:
+    least = {"qwen.pool": least_gib * GIB}
+    return card.ask("chat", request, way("qwen.pool"), least_bytes=least, priority=1)
+
+
+def test_room_is_had_as_soon_as_the_bytes_are_free_not_when_it_is_quiet(card: Card) -> None:
+    shrunk(card)
+    assert ask_for_room(card, "long", 5) == []
+    assert card.ask("media", "next", way(peak_gib=7)) == []
+
+    assert card.release("job") == ["chat: granted long"]
+    assert card.grants["long"].held_bytes == {"qwen.pool": 6 * GIB}  # whole, for it costs nothing
+    assert card.held_gib("qwen.pool") == 6
+    # The next job comes after it, and has the pool shrink again as far as its engine lets it.
+    assert card.bring("long", "qwen.pool") == []
+    assert card.release("long") == ["chat: wait, shrink qwen.pool"]
+    assert card.broker.counters["grown"] == 0
+
+
+def test_room_is_no_more_than_is_needed_where_others_would_have_to_go(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=7))
+    card.give("chat", "qwen.pool")
+    card.release("job")
+    card.resident("media", spec("sdxl.unet", 5))
+
+    assert ask_for_room(card, "long", 5) == ["chat: granted long"]
+    assert card.grants["long"].held_bytes == {"qwen.pool": 5 * GIB}
+    card.bring("long", "qwen.pool")
+    card.release("long")
+    assert ask_for_room(card, "longer", 6) == ["media: park sdxl.unet"]
+    assert card.give("media", "sdxl.unet") == ["chat: granted longer"]
+
+
+def test_room_that_could_not_be_brought_goes_back(card: Card) -> None:
+    shrunk(card)
+    ask_for_room(card, "long", 5)
+    card.release("job")
+
+    card.bring("long", "qwen.pool", 0)
+    card.release("long")
+
+    assert (card.held_gib("qwen.pool"), card.free_gib) == (2, 8)
+    assert card.use("lane", busy=False) == []  # its lease was never touched
+
+
+def test_room_that_could_not_be_brought_is_not_left_to_a_lease_that_is_older(card: Card) -> None:
+    """Its pool counted as on its way for ever, and was never shrunk nor grown again."""
+    card.declare("chat", spec("qwen.pool", 6, floor_gib=2))
+    least = {"qwen.pool": 5 * GIB}
+    card.ask("chat", "lane", way("qwen.pool"), least_bytes=least, standing=True)
+    card.bring("lane", "qwen.pool")
+    card.ask("media", "job", way(peak_gib=7))
+    card.give("chat", "qwen.pool", 2)
+    ask_for_room(card, "long", 5)
+    card.release("job")
+
+    card.bring("long", "qwen.pool", 0)
+    card.release("long")
+
+    assert card.held_gib("qwen.pool") == 2
+    assert card.after(GROW_AFTER_S) == ["chat: grow qwen.pool"]
+
+
+def test_room_that_is_there_already_stays_until_the_engine_knows_it(card: Card) -> None:
+    """Its engine had not heard of the grant when it was told to shrink, and grew afterwards."""
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+    card.use("lane", busy=True)
+    assert ask_for_room(card, "long", 5) == ["chat: granted long"]
+
+    assert card.ask("media", "job", way(peak_gib=7)) == []
+    assert card.release("long") == ["chat: wait, shrink qwen.pool"]
+
+
+def test_a_pool_that_goes_while_room_is_on_its_way_takes_the_older_lease_with_it(
+    card: Card,
+) -> None:
+    shrunk(card)
+    ask_for_room(card, "long", 5)
+    card.release("job")
+    assert card.broker.arriving_bytes("qwen.pool") == 4 * GIB
+
+    card.give_unasked("chat", "qwen.pool", 0)
+
+    assert [one["request_id"] for one in card.broker.leases(card.now)] == ["long"]
+    assert card.held_gib("qwen.pool") == 4  # that it is still to bring
+    card.release("long")
+    assert card.free_gib == 10
+
+
+def test_what_is_there_before_more_of_it_comes_does_not_take_that_away(card: Card) -> None:
+    """The older lease said what it had brought, and the room that came after it was forgotten."""
+    card.declare("chat", spec("qwen.pool", 6, floor_gib=2))
+    card.ask("media", "job", way(peak_gib=8))
+    card.ask("chat", "lane", way("qwen.pool"), standing=True)
+    card.release("job")
+    ask_for_room(card, "long", 5)
+    assert card.grants["lane"].held_bytes == {"qwen.pool": 2 * GIB}
+    assert card.grants["long"].held_bytes == {"qwen.pool": 6 * GIB}
+
+    card.bring("lane", "qwen.pool")
+    assert card.held_gib("qwen.pool") == 6
+    card.bring("long", "qwen.pool")
+    assert card.held_gib("qwen.pool") == 6
+
+
+def test_room_that_is_not_wanted_any_more_moves_nothing(card: Card) -> None:
+    shrunk(card)
+    ask_for_room(card, "long", 5)
+
+    assert card.withdraw("long") == ["chat: refused long"]
+    assert card.release("job") == []
+    assert card.held_gib("qwen.pool") == 2
+    assert card.after(GROW_AFTER_S) == ["chat: grow qwen.pool"]
+
+
+def test_room_that_can_never_be_is_refused_with_the_numbers(card: Card) -> None:
+    card.resident("media", spec("wan.dit", 5, pinned=True))
+    card.standing("chat", "lane", spec("qwen.weights", 2), spec("qwen.pool", 6, floor_gib=2))
+
+    # 10 with 5 that are pinned and 2 of the model's own weights, which its pool is nothing without.
+    told = card.ask(
+        "chat", "long", way("qwen.weights qwen.pool"), least_bytes={"qwen.pool": 4 * GIB}
+    )
+
+    assert told == ["chat: refused long"]
+    assert "needs 2.00 GiB more, and 1.00 GiB of 10.00 GiB" in card.refusals["long"]
+
+
+def test_more_than_a_pool_ever_has_is_refused(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+
+    assert ask_for_room(card, "long", 7) == ["chat: refused long"]
+    assert ask_for_room(card, "short", 6) == ["chat: granted short"]
+
+
+def test_whoever_waits_for_room_has_work_paused_and_lanes_ended_like_everybody(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+    card.use("lane", busy=True)
+    card.declare("media", spec("wan.dit", 5))
+    card.ask("media", "film", way("wan.dit", 2), pausable=True)
+    card.give("chat", "qwen.pool")
+    card.bring("film", "wan.dit")
+
+    assert ask_for_room(card, "long", 6) == []
+    assert card.after(PAUSE_AFTER_S) == ["media: pause film"]
+    assert card.release("film") == ["media: park wan.dit"]
+    assert card.give("media", "wan.dit") == ["chat: granted long"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    jobs=st.lists(st.tuples(st.integers(1, 8), st.floats(0.1, 30.0)), min_size=4, max_size=12),
+    least_gib=st.integers(3, 6),
+    comes_in=st.integers(0, 3),
+)
+def test_a_long_request_waits_for_what_runs_and_for_nothing_that_comes_after_it(
+    jobs: list[tuple[int, float]], least_gib: int, comes_in: int
+) -> None:
+    """Jobs follow each other without a pause, so that it is never quiet."""
+    card = Card()
+    card.standing("chat", "lane", spec("qwen.pool", 6, floor_gib=2))
+    card.use("lane", busy=True)
+
+    def hear(told: list[str]) -> None:
+        """The pool does what it is told, but keeps what a request was promised."""
+        for line in told:
+            if line.endswith(("shrink qwen.pool", "grow qwen.pool")):
+                kept = least_gib if "long" in card.grants else 2
+                held = max(kept, card.orders["qwen.pool"].held_bytes // GIB)
+                hear(card.give("chat", "qwen.pool", held))
+            if line == "chat: granted long":
+                assert card.grants["long"].held_bytes["qwen.pool"] >= least_gib * GIB
+                hear(card.bring("long", "qwen.pool"))
+                hear(card.release("long"))
+        assert card.free_gib >= 0
+
+    for number, (peak_gib, seconds) in enumerate(jobs):
+        name = f"job {number}"
+        hear(card.ask("media", name, way(peak_gib=peak_gib)))
+        hear(card.after(seconds / 2))
+        if number == comes_in:
+            hear(ask_for_room(card, "long", least_gib))
+        hear(card.after(seconds / 2))
+        hear(card.release(name) if name in card.grants else card.withdraw(name))
+
+    came_before = {f"job {number}" for number in range(comes_in + 1)}
+    served = card.granted_in_order[: card.granted_in_order.index("long")]
+    assert {*served} <= came_before | {"lane"}
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -689,25 +894,6 @@ def test_what_processes_take_for_themselves_is_not_reachable() -> None:
 
     assert card.ask("media", "job", way(peak_gib=9)) == ["media: refused job"]
     assert "8.00 GiB of 10.00 GiB are reachable" in card.refusals["job"]
-
-
-def test_a_question_is_refused_when_its_deadline_has_passed(card: Card) -> None:
-    card.ask("media", "job", way(peak_gib=8))
-    card.ask("chat", "talk", way(peak_gib=8), deadline_s=5.0)
-    card.ask("chat", "later", way(peak_gib=8))
-
-    assert card.after(4.9) == []
-    assert card.after(0.2) == ["chat: refused talk"]
-    assert card.refusals["talk"].startswith("no device memory came free within 5 s: 2.00 GiB are")
-    assert card.release("job") == ["chat: granted later"]
-
-
-def test_a_refusal_by_deadline_lets_the_next_one_through(card: Card) -> None:
-    card.ask("media", "job", way(peak_gib=8))
-    card.ask("chat", "large", way(peak_gib=8), deadline_s=5.0)
-    assert card.ask("chat", "small", way(peak_gib=1)) == []
-
-    assert card.after(5.1) == ["chat: refused large", "chat: granted small"]
 
 
 def test_nobody_waits_for_ever_for_the_peak_of_a_standing_lease_that_is_idle(card: Card) -> None:
@@ -809,6 +995,98 @@ def test_a_question_that_is_withdrawn_lets_the_next_one_through(card: Card) -> N
     assert card.withdraw("large") == ["media: refused large", "chat: granted small"]
 
 
+def test_what_was_to_go_when_its_work_has_ended_may_stay_when_the_question_is_withdrawn(
+    card: Card,
+) -> None:
+    """A model was drained, and nobody could use it meanwhile, for a request that had given up."""
+    card.standing("chat", "lane", spec("qwen.weights", 6))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=8))
+    assert card.after(PATIENCE_S) == ["chat: wait, park qwen.weights"]
+
+    assert card.withdraw("job") == ["media: refused job", "chat: stay qwen.weights"]
+    assert card.after(1.0) == []  # it is told once
+    assert card.give("chat", "qwen.weights", 6) == []
+
+    assert card.broker.counters["declined"] == 0
+    assert card.broker.counters["moved_bytes"] == 0
+    card.use("lane", busy=False)
+    assert card.ask("media", "next", way(peak_gib=8)) == ["chat: park qwen.weights"]  # at once
+    assert [event["what"] for event in card.broker.explain("job") or []] == [
+        "asked", "waits", "asked to park", "withdrawn", "may stay",
+    ]  # fmt: skip
+
+
+def test_what_was_to_go_may_stay_when_its_room_came_from_elsewhere(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.weights", 2))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=8))
+    card.ask("media", "next", way(peak_gib=7))
+    card.release("job")
+    card.release("next")
+    card.ask("media", "large", way(peak_gib=9))
+    assert card.after(PATIENCE_S) == ["chat: wait, park qwen.weights"]
+
+    assert card.withdraw("large") == ["media: refused large", "chat: stay qwen.weights"]
+
+
+def test_an_order_is_not_taken_back_while_somebody_else_waits(card: Card) -> None:
+    card.standing("chat", "lane", spec("qwen.weights", 6))
+    card.use("lane", busy=True)
+    card.ask("media", "job", way(peak_gib=8))
+    card.ask("media", "next", way(peak_gib=8))
+    card.after(PATIENCE_S)
+
+    assert card.withdraw("job") == ["media: refused job"]
+    card.use("lane", busy=False)
+    assert card.give("chat", "qwen.weights") == ["media: granted next"]
+
+
+def test_what_was_given_before_it_might_stay_is_counted(card: Card) -> None:
+    chat = Engine(card, "chat")
+    chat.declare(spec("qwen.weights", 6))
+    lane = chat.leases.ask("talk", "chat", [way("qwen.weights")], standing=True)
+    chat.settle()
+    chat.leases.brought(lane, "qwen.weights", 6 * GIB, 1.0)
+    chat.settle()
+    chat.gives = lambda order: None  # it computes
+    card.ask("media", "job", way(peak_gib=8))
+    card.after(PATIENCE_S)
+    chat.takes([card.orders["qwen.weights"]])
+
+    chat.leases.gave("qwen.weights", 0)  # it has ended, and at the same time
+    card.withdraw("job")
+    order = card.orders["qwen.weights"]
+    chat.takes([Stay(move=order.move, tenant=order.tenant)])
+    chat.settle()
+
+    assert card.held_gib("qwen.weights") == 0
+    assert card.broker.counters["parked"] == 1
+
+
+def test_an_engine_that_may_keep_what_it_put_off_says_what_it_has(card: Card) -> None:
+    chat = Engine(card, "chat")
+    chat.declare(spec("qwen.weights", 6))
+    lane = chat.leases.ask("talk", "chat", [way("qwen.weights")], standing=True)
+    chat.settle()
+    chat.leases.brought(lane, "qwen.weights", 6 * GIB, 1.0)
+    chat.settle()
+    chat.gives = lambda order: None
+    card.ask("media", "job", way(peak_gib=8))
+    card.after(PATIENCE_S)
+    order = card.orders["qwen.weights"]
+    chat.takes([order])
+    assert chat.leases.is_wanted("qwen.weights") == order
+
+    card.withdraw("job")
+    chat.takes([Stay(move=order.move, tenant=order.tenant)])
+    chat.settle()
+
+    assert chat.leases.is_wanted("qwen.weights") is None
+    assert card.held_gib("qwen.weights") == 6
+    assert not card.broker._moves
+
+
 class Engine:
     """An engine's side with the messages in both directions held back: what crosses, crosses."""
 
@@ -821,6 +1099,10 @@ class Engine:
 
     def give_back(self, order: Yield) -> int | None:
         return self.gives(order)
+
+    def held_bytes(self, tenant: str) -> int:
+        """Nothing has left that was put off."""
+        return self.card.broker.ledger.held(tenant)
 
     def declare(self, *specs: TenantSpec) -> None:
         self.leases.declare(specs[0].model, specs, self)
@@ -1152,9 +1434,10 @@ def test_of_an_unknown_request_nothing_is_told(card: Card) -> None:
 @pytest.mark.parametrize("end", ["refused", "withdrawn", "void"])
 def test_a_story_ends_with_why_nothing_was_granted(card: Card, end: str) -> None:
     card.ask("media", "job", way(peak_gib=8))
-    card.ask("chat", "talk", way(peak_gib=8), deadline_s=1.0)
+    card.declare("chat", spec("qwen.weights", 4))
+    card.ask("chat", "talk", way("qwen.weights", 4))
     if end == "refused":
-        card.after(2.0)
+        card.unload("chat", "qwen")
     elif end == "withdrawn":
         card.withdraw("talk")
     else:

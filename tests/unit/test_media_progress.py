@@ -93,7 +93,7 @@ def test_what_follows_the_steps_is_learned_from_earlier_jobs_of_the_model() -> N
 
     job.steps(1.0)
 
-    decode, save = 2 * 2.0 * 1.025, 2 * 1.0 * 1.025  # the middle of 1 / 1.25 and 1.25
+    decode, save = 2 * 2.0, 2 * 1.0
     assert job.last.left_s == pytest.approx(7 + decode + save)
     job.track.denoises(1, 4)
     job.track.phase("decode")

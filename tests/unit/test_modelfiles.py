@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.catalog import NATIVE_FRAMES, NATIVE_SIZE, ModelSpec
+from worker.catalog import NATIVE_FRAMES, NATIVE_SIZE, AdapterSpec, ModelSpec
 from worker.config import Kind
 from worker.errors import ModelUnavailable
 from worker.modelfiles import (
     MANIFEST,
     MAX_HEADER_BYTES,
+    adapter_files,
+    check_adapter,
     check_files,
     combined_sha256,
     file_sha256,
+    is_recorded,
     read_header,
     require_files,
     weight_bytes,
@@ -300,6 +304,32 @@ def test_a_config_that_is_no_json_is_told(tmp_path: Path, name: str) -> None:
     write(tmp_path / "m" / name, "{cut shor")
 
     assert said(model) == [f"models/m/{name}: is damaged: not JSON"]
+
+
+def test_a_config_is_read_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large tokenizer takes a tenth of a second, in which no other model computes."""
+    model = chat_model(tmp_path / "m")
+    file = model.path / "tokenizer.json"
+    good = file.read_bytes()
+    read: list[Path] = []
+    real = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    for _ in range(3):
+        assert check_files(model) == []
+    assert read.count(file) == 1
+
+    damaged = b"{" * len(good)
+    for content, problems in ((damaged, 1), (good, 0), (damaged, 1)):
+        file.write_bytes(content)
+        os.utime(file, ns=(1, len(read)))  # a file system's clock is coarse
+        assert len(check_files(model)) == problems
 
 
 def test_a_chat_model_that_is_one_file_is_refused(tmp_path: Path) -> None:
@@ -612,3 +642,124 @@ def test_a_file_without_tensors_is_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "f.safetensors", safetensors({}, metadata=False))
 
     assert read_header(path) == {}
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def ip_adapter(folder: Path) -> AdapterSpec:
+    path = write(folder / "reads.safetensors", WEIGHTS)
+    write(folder / "encoder" / "config.json", "{}")
+    write(folder / "encoder" / "model.safetensors", WEIGHTS)
+    return AdapterSpec("reads", "ip_adapter", path, folder / "encoder", cure="fetch it")
+
+
+def vace(folder: Path) -> AdapterSpec:
+    write(folder / "transformer" / "config.json", "{}")
+    write(folder / "transformer" / "diffusion_pytorch_model.safetensors", WEIGHTS)
+    return AdapterSpec("frames", "vace", folder / "transformer", None, cure="fetch it")
+
+
+def lora(folder: Path) -> AdapterSpec:
+    return AdapterSpec("grain", "lora", write(folder / "grain.safetensors", WEIGHTS), None)
+
+
+@pytest.mark.parametrize("make", [ip_adapter, vace, lora])
+def test_a_whole_adapter_has_no_problems_and_its_files_are_known(
+    make: Callable[[Path], AdapterSpec], tmp_path: Path
+) -> None:
+    adapter = make(tmp_path)
+
+    assert check_adapter(adapter, full=True) == []
+    assert adapter_files(adapter) == sorted(tmp_path.rglob("*.safetensors"))
+    assert not is_recorded(adapter)
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "what"),
+    [
+        (ip_adapter, "reads.safetensors", "is missing"),
+        (ip_adapter, "encoder/config.json", "is missing"),
+        (ip_adapter, "encoder/model.safetensors", "is missing"),
+        (vace, "transformer/config.json", "is missing"),
+        (lora, "grain.safetensors", "is missing"),
+    ],
+)
+def test_a_file_that_an_adapter_lacks_is_named(
+    make: Callable[[Path], AdapterSpec], file: str, what: str, tmp_path: Path
+) -> None:
+    adapter = make(tmp_path)
+    (tmp_path / file).unlink()
+
+    found = check_adapter(adapter)
+
+    assert f"{adapter.id}: {tmp_path / file}: {what}; {adapter.cure}" in map(str, found)
+
+
+def test_an_image_encoder_under_another_name_is_not_taken(tmp_path: Path) -> None:
+    adapter = ip_adapter(tmp_path)
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.rename(weights.with_name("other.safetensors"))
+
+    assert [one.path for one in check_adapter(adapter)] == [str(weights)]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_adapter_is_found_by_its_header_or_its_hash(cut: bool, tmp_path: Path) -> None:
+    adapter = ip_adapter(tmp_path)
+    write_manifest(tmp_path, "reads.safetensors")
+    write_manifest(tmp_path / "encoder", "config.json", "model.safetensors")
+    assert is_recorded(adapter)
+    assert check_adapter(adapter, full=True) == []
+    file = tmp_path / "encoder" / "model.safetensors"
+    file.write_bytes(WEIGHTS[:-1] if cut else WEIGHTS[:-1] + b"!")
+
+    found = check_adapter(adapter, full=True)
+
+    assert {one.path for one in found} == {str(file)}
+    assert ("its header promises" if cut else "sha256") in found[0].what
+    assert bool(check_adapter(adapter)) == cut
+
+
+def test_the_bytes_that_are_hashed_are_told(tmp_path: Path) -> None:
+    adapter = ip_adapter(tmp_path)
+    write_manifest(tmp_path, "reads.safetensors")
+    write_manifest(tmp_path / "encoder", "model.safetensors")
+    told: list[int] = []
+
+    check_adapter(adapter, full=True, progress=told.append)
+
+    assert sum(told) == 2 * len(WEIGHTS)
+
+
+def test_a_transformer_of_a_model_that_was_fetched_whole_has_that_models_record(
+    tmp_path: Path,
+) -> None:
+    adapter = vace(tmp_path)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    write(tmp_path / "model_index.json", "{}")
+    write_manifest(tmp_path, "model_index.json", weights)
+    assert is_recorded(adapter)
+    assert check_adapter(adapter, full=True) == []
+
+    (tmp_path / weights).write_bytes(WEIGHTS[:-1] + b"!")
+
+    [problem] = check_adapter(adapter, full=True)
+    assert problem.path == str(tmp_path / weights)
+
+
+def test_a_vace_transformer_that_is_not_as_it_was_fetched_is_not_loaded(tmp_path: Path) -> None:
+    adapter = vace(tmp_path / "vace")
+    weights = "diffusion_pytorch_model.safetensors"
+    write_manifest(adapter.path, "config.json", weights)
+    model = replace(pipeline_model(tmp_path / "wan", "wan"), adapters=(adapter,))
+    assert f"vace/{weights}" in weights_sha256(model, tmp_path / "state")
+    (adapter.path / weights).write_bytes(WEIGHTS[:-1] + b"!")
+
+    with pytest.raises(ModelUnavailable, match=r"sha256 .* is not the recorded .*"):
+        weights_sha256(model, tmp_path / "state")
+
+    (adapter.path / "manifest.json").write_text("[]")
+    assert [one.what for one in check_files(model)] == [
+        "is damaged: not a list of files with sizes and hashes"
+    ]

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from worker.config import REPOSITORY
+from worker.engine.media.parts import Part
 from worker.engine.peaks import build, held, latent_frames, measure, peak_of
 from worker.modelfiles import read_header
 from worker.vram.peak import Peak, Question
+from worker.vram.ways import PartBytes
 
 MODELS = REPOSITORY / "models"
 FILES = {
@@ -42,14 +45,16 @@ def a_shape(part: str, chance: random.Random) -> dict[str, Any]:
     match part:
         case "unet":
             sides = [8 * chance.randint(8, 24) for _ in range(2)]
-            return {"width": sides[0], "height": sides[1], "batch": chance.randint(1, 3)}
+            how = {name: chance.random() < 0.4 for name in ("split", "cast")}
+            return {"width": sides[0], "height": sides[1], "batch": chance.randint(1, 3), **how}
         case "vae":
             sides = [8 * chance.randint(4, 20) for _ in range(2)]
             return {"width": sides[0], "height": sides[1], "batch": chance.randint(1, 2)}
         case "transformer" | "video_vae":
             sides = [16 * chance.randint(2, 6) for _ in range(2)]
             frames = 4 * chance.randint(0, 3) + 1
-            return {"width": sides[0], "height": sides[1], "frames": frames}
+            how = {"cast": chance.random() < 0.4} if part == "transformer" else {}
+            return {"width": sides[0], "height": sides[1], "frames": frames, **how}
         case "chat":
             tokens = chance.randint(1, 300)
             return {"tokens": tokens, "batch": chance.randint(1, min(tokens, 16))}
@@ -68,17 +73,54 @@ SHAPES = int(os.environ.get("PEAK_SHAPES", "30"))
 @pytest.mark.parametrize("part", SHARES)
 def test_peaks_of_random_shapes_are_those_of_real_passes_to_the_byte(part: str) -> None:
     chance = random.Random(part)
-    real = build(question(part))
     unreal = FakeTensorMode(allow_non_fake_inputs=True)
-    with unreal:
-        fake = build(question(part))
+    built: dict[bool, tuple[torch.nn.Module, torch.nn.Module]] = {}
     for _ in range(-(-SHAPES * SHARES[part] // 100)):
         asked = question(part, **a_shape(part, chance))
+        if asked.cast not in built:
+            real = build(asked)
+            with unreal:
+                built[asked.cast] = (real, build(asked))
+        real, fake = built[asked.cast]
         with torch.no_grad():
             found = peak_of(real, asked)
             with unreal:
                 expected = peak_of(fake, asked)
         assert expected == found > 0, asked
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("split", "cast"), [(True, False), (False, True), (True, True)])
+def test_a_split_or_cast_denoiser_holds_what_the_engines_own_does(
+    split: bool, cast: bool, dtype: str
+) -> None:
+    """As the engine has it: parked in one buffer, woken in eight bits, computing in two halves."""
+    asked = question("unet", dtype=dtype, width=128, height=96, batch=2, split=split, cast=cast)
+    known = measure(asked)
+    real = build(replace(asked, cast=False))
+    part = Part("unet", real, torch.device("cpu"))
+    part.wake(cast=cast)
+
+    with torch.no_grad():
+        found = [peak_of(real, asked) for _ in range(2)]
+
+    assert found == [known.peak_bytes] * 2
+    assert part.held_bytes == (known.cast_bytes if cast else known.parked_bytes)
+    assert part.bytes == PartBytes(
+        part.size_bytes, measure(replace(asked, cast=False)).streamed_bytes, known.cast_bytes
+    )
+
+
+def test_two_halves_hold_less_and_eight_bits_half_or_less_of_the_weights() -> None:
+    whole, split = (
+        measure(question("unet", width=256, height=256, batch=2, split=split))
+        for split in (False, True)
+    )
+    assert split.peak_bytes < 0.6 * whole.peak_bytes
+    assert whole.cast_bytes < 0.3 * whole.parked_bytes  # of float32
+    [bfloat16] = [measure(question("transformer", dtype="bfloat16", width=64, height=64, frames=5))]
+    assert bfloat16.cast_bytes < 0.6 * bfloat16.parked_bytes
+    assert measure(question("vae", width=64, height=64)).cast_bytes == 0
 
 
 @pytest.mark.parametrize("part", SHARES)

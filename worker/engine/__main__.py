@@ -6,6 +6,7 @@ Started and watched by orchestrator.py; of no use alone.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -52,9 +53,15 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides when to stop
         devices: list[str] = []
         leases = Leases(host.to_broker)
-        host.run(
-            lambda outbox: _build(args.kind, settings, outbox, leases, devices), lambda: devices[0]
-        )
+
+        def build(outbox: Outbox) -> Engine:
+            engine = _build(args.kind, settings, outbox, leases, devices)
+            # What the imports made stays. Looking through it for garbage, as unloading a model
+            # does, holds Python's lock for 0.2 s, in which no other model computes.
+            gc.freeze()
+            return engine
+
+        host.run(build, lambda: devices[0])
     except ConfigError as exc:
         log.critical("%s", exc)
         return 3  # as gunicorn does for an app that cannot start: trying again cannot help

@@ -233,7 +233,7 @@ class EngineHost:
         try:
             self._server.send(ticket.peer, message)
         except PeerGone:
-            # Whoever asked has died; the work for it must not go on.
+            # Whoever asked has died or does not read; the work for it must not go on.
             tokens = message.tokens if isinstance(message, Tokens) else ()
             for request_id in [token.request_id for token in tokens] or [ticket.request_id]:
                 self._take(ticket.peer, Cancel(request_id=request_id))

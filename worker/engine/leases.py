@@ -27,7 +27,9 @@ from worker.protocol.messages import (
     Pause,
     Refused,
     Release,
+    Stay,
     TenantSpec,
+    Took,
     Use,
     Way,
     Withdraw,
@@ -116,6 +118,8 @@ class Leases:
                     question.wanted_back = True
             case Yield():
                 self._give_back(message)
+            case Stay():
+                self._stay(message)
             case _:
                 return False
         return True
@@ -145,7 +149,7 @@ class Leases:
         ways: Sequence[Way],
         *,
         priority: int = 0,
-        deadline_s: float | None = None,
+        least_bytes: dict[str, int] | None = None,
         standing: bool = False,
         free_only: bool = False,
         pausable: bool = False,
@@ -153,14 +157,16 @@ class Leases:
         pixels: int = 0,
         work: float = 1.0,
     ) -> Question:
-        """Ask for a lease; the answer comes into the question. The last three: what its seconds
-        depend on (worker/protocol/messages.py)."""
+        """Ask for a lease; the answer comes into the question, maybe much later: whoever does not
+        want it any more has to `withdraw` it. least_bytes: of tenants that shrink, where more than
+        their floor is needed. The last three: what its seconds depend on
+        (worker/protocol/messages.py)."""
         assert self.connected, "the orchestrator has not said hello"
         request_id = _as_client_knows(request_id)
         self._last_number += 1
         asked = Acquire(
             epoch=self.epoch, number=self._last_number, request_id=request_id, phase=phase,
-            ways=tuple(ways), priority=priority, deadline_s=deadline_s, standing=standing,
+            ways=tuple(ways), priority=priority, least_bytes=least_bytes or {}, standing=standing,
             free_only=free_only, pausable=pausable,
             model=model, pixels=pixels, work=work,
         )  # fmt: skip
@@ -209,6 +215,15 @@ class Leases:
         fence = question.granted.fence
         self._open.pop(fence, None)
         self.send(Release(epoch=self.epoch, fence=fence, keep_alive_s=keep_alive_s, done=done))
+
+    def took(self, model: str, phase: str, pixels: int, work: float, seconds: float) -> None:
+        """Tell how long a phase took that needs no device memory, as `ask` has the others."""
+        self.send(
+            Took(
+                epoch=self.epoch, model=model, phase=phase, pixels=pixels, work=work,
+                seconds=seconds,
+            )
+        )  # fmt: skip
 
     def gave(self, tenant: str, held_bytes: int) -> None:
         """A tenant has less now: what `give_back` put off, or without having been asked."""
@@ -300,6 +315,12 @@ class Leases:
             self._later[order.tenant] = _Later(order, began)
             return
         self._yielded(order.move, order.tenant, held, self.clock() - began)
+
+    def _stay(self, message: Stay) -> None:
+        """Nobody waits for what was put off. Nothing to do where it has been given already."""
+        later = self._later.get(message.tenant)
+        if later is not None and later.order.move == message.move:
+            self.gave(message.tenant, self._owners[message.tenant].held_bytes(message.tenant))
 
     def _yielded(self, move: int, tenant: str, held_bytes: int, seconds: float) -> None:
         self.send(

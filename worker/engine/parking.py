@@ -3,31 +3,37 @@
 Waking is a few large copies. Parking copies nothing, because weights do not change: it frees the
 device buffer. Both buffers have the exact size; torch's own pinned allocator would round every
 tensor up to a power of two.
+
+The device buffer may hold some layers' weights in eight bits instead (worker/engine/casting.py).
+The host buffer never does: what wakes exactly has the exact bytes, whatever was awake before.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from worker.engine.casting import MOST, STORED, computing
+from worker.engine.memory import host_zeros, mapped
+
 # The largest alignment that a vectorised kernel or a copy gains from.
 ALIGN_BYTES = 64
 # Large enough for the full speed of the bus, and small enough (5 to 10 ms) that the small copies
 # of a running request get between two of them.
 CHUNK_BYTES = 256 << 20
-# A smaller copy is one thread's work: on a busy CPU torch's wait for its other threads takes
-# milliseconds a copy, 6 s for the 1,680 weights of SDXL's UNet (scripts/bench_parking.py).
-SHARED_COPY_BYTES = 16 << 20
+# Of host memory to other host memory, one thread each. The C library copies so much at a time in
+# two thirds of torch's processor time, and its copies need not wait for each other, for which
+# torch's take milliseconds each on a busy CPU (scripts/bench_parking.py).
+HOST_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,17 @@ class _Place:
     shape: torch.Size
     stride: tuple[int, ...]  # elements
     offset: int  # elements, from the beginning of the buffer
+    cast_dtype: torch.dtype  # in the device buffer that is cast
+    cast_offset: int  # elements of that type, from the beginning of that buffer
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Bytes of the host buffer that lie together, and where they go in a buffer that is cast."""
+
+    lying: slice
+    cast: slice
+    dtype: torch.dtype | None  # that they are cast from; None: they go as they are
 
 
 class Parked:
@@ -64,9 +81,10 @@ class Parked:
         *,
         name: str | None = None,
         leaving_out: Sequence[nn.Module] = (),
+        casting: Collection[nn.Module] = (),
     ):
         """name: what errors call it; its class by default. leaving_out: modules within it that
-        are parked by themselves.
+        are parked by themselves. casting: layers that `wake` can store in eight bits.
 
         Weights move to the host buffer one storage at a time, so that loading never holds two
         copies. Raises torch.OutOfMemoryError, and ValueError for a tensor that has no value (meta),
@@ -74,32 +92,48 @@ class Parked:
         """
         self.name = name or type(module).__name__
         self.awake = False
+        self.is_cast = False  # while it is awake
+        self.cast_bytes = 0  # of a device buffer that is cast
         self._device = device
         sharing = _by_storage(module, leaving_out)
         # Of either buffer: all storages, each rounded up to ALIGN_BYTES.
         begins, self.size_bytes = _layout(sharing)
         self._places: list[_Place] = []
+        self._storages: list[_Storage] = []
         with torch.inference_mode(False):
             self._host = _host_buffer(self.size_bytes, device)
             for tensors, begin in zip(sharing, begins, strict=True):
-                self._take(tensors, begin)
+                self._take(tensors, begin, casting)
         self._computing = list(dict.fromkeys([module, *(one.owner for one in self._places)]))
         self._guards: list[RemovableHandle] = []
+        self._casting: list[RemovableHandle] = []
         self._guard()
 
-    def wake(self) -> None:
+    @property
+    def held_bytes(self) -> int:
+        """On the device now."""
+        return (self.cast_bytes if self.is_cast else self.size_bytes) if self.awake else 0
+
+    def wake(self, *, cast: bool = False) -> None:
         """Put the weights on the device; returns when they are there.
+
+        cast: those of the layers that may be in eight bits, and they no longer compute exactly;
+        takes no more beside its buffer than the largest of them. What is awake stays as it is.
 
         Raises torch.OutOfMemoryError, and is parked as before then.
         """
         if self.awake:
+            assert self.is_cast == cast, f"{self.name} is awake in the other form"
             return
         with torch.inference_mode(False):
-            buffer = _device_buffer(self.size_bytes, self._device)
-            for begin in range(0, self.size_bytes, CHUNK_BYTES):
-                chunk = slice(begin, begin + CHUNK_BYTES)
-                buffer[chunk].copy_(self._host[chunk], non_blocking=True)
-            self._point_to(buffer)  # takes milliseconds, during which a card copies
+            # Pointing takes milliseconds, during which the rest is copied.
+            if cast:
+                buffer = self._cast()
+                self._point_to(buffer, cast=True)
+            else:
+                buffer = _device_buffer(self.size_bytes, self._device)
+                with _copying(self._host, buffer):
+                    self._point_to(buffer)
         # No reference to the buffer is kept: whatever replaces all weights, as an upcast does,
         # frees it as it would free the memory of any module.
         del buffer
@@ -108,7 +142,9 @@ class Parked:
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
-        self.awake = True
+        if cast:
+            self._compute_cast()
+        self.awake, self.is_cast = True, cast
 
     def park(self) -> None:
         """Give the device memory back, to the driver on a card.
@@ -117,19 +153,32 @@ class Parked:
         """
         if not self.awake:
             return
+        for handle in self._casting:
+            handle.remove()
+        self._casting.clear()
         with torch.inference_mode(False):
             self._point_to(self._host)
         self._guard()
-        self.awake = False
+        self.awake = self.is_cast = False
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the other processes of the card see only the driver's count
 
-    def _take(self, tensors: list[_Weight], begin: int) -> None:
+    def _take(self, tensors: list[_Weight], begin: int, casting: Collection[nn.Module]) -> None:
         """Copy the one storage of `tensors` to `begin` (bytes) and let go of it."""
         first = tensors[0].tensor
         source = torch.empty(0, dtype=torch.uint8, device=first.device)
         source.set_(first.untyped_storage())
         _copy(source, self._host[begin : begin + len(source)])
+        width, is_cast = first.itemsize, _may_be_cast(tensors, casting)
+        size = len(source) // width if is_cast else len(source)
+        cast_begin, self.cast_bytes = self.cast_bytes, self.cast_bytes + _aligned(size)
+        self._storages.append(
+            _Storage(
+                slice(begin, begin + len(source)),
+                slice(cast_begin, cast_begin + size),
+                first.dtype if is_cast else None,
+            )
+        )
         places = [
             _Place(
                 owner=one.owner,
@@ -138,19 +187,47 @@ class Parked:
                 shape=one.tensor.shape,
                 stride=one.tensor.stride(),
                 offset=begin // one.tensor.itemsize + int(one.tensor.storage_offset()),
+                cast_dtype=STORED if is_cast else one.tensor.dtype,
+                cast_offset=cast_begin // (1 if is_cast else one.tensor.itemsize)
+                + int(one.tensor.storage_offset()),
             )
             for one in tensors
         ]
         for place in places:
-            _point(place, self._host.view(place.dtype))
+            _point(place, self._host.view(place.dtype), place.offset)
             getattr(place.owner, place.name).requires_grad_(False)
         self._places += places
 
-    def _point_to(self, buffer: torch.Tensor) -> None:
-        """Make every parameter and buffer a view of `buffer`."""
-        views = {dtype: buffer.view(dtype) for dtype in {one.dtype for one in self._places}}
+    def _cast(self) -> torch.Tensor:
+        """The same, cast there. One storage at a time, so that there is never more beside the
+        buffer than a layer that computes holds of its own type."""
+        buffer = _device_buffer(self.cast_bytes, self._device)
+        for one in self._storages:
+            lying, there = self._host[one.lying], buffer[one.cast]
+            if one.dtype is None:
+                there.copy_(lying, non_blocking=True)
+            else:
+                exact = lying.view(one.dtype).to(self._device, non_blocking=True, copy=True)
+                there.view(STORED).copy_(exact.clamp_(-MOST, MOST))
+        return buffer
+
+    def _compute_cast(self) -> None:
+        types: dict[nn.Module, dict[str, torch.dtype]] = {}
         for place in self._places:
-            _point(place, views[place.dtype])
+            if place.cast_dtype != place.dtype:
+                types.setdefault(place.owner, {})[place.name] = place.dtype
+        for layer, its in types.items():
+            self._casting += computing(layer, its)
+
+    def _point_to(self, buffer: torch.Tensor, *, cast: bool = False) -> None:
+        """Make every parameter and buffer a view of `buffer`."""
+        types = {one.cast_dtype if cast else one.dtype for one in self._places}
+        views = {dtype: buffer.view(dtype) for dtype in types}
+        for place in self._places:
+            if cast:
+                _point(place, views[place.cast_dtype], place.cast_offset)
+            else:
+                _point(place, views[place.dtype], place.offset)
 
     def _guard(self) -> None:
         """Refuse to compute while parked: on a CPU it would work, on memory nobody accounts for.
@@ -220,21 +297,55 @@ def _layout(sharing: list[list[_Weight]]) -> tuple[list[int], int]:
     begins, end = [], 0
     for tensors in sharing:
         begins.append(end)
-        end += math.ceil(tensors[0].tensor.untyped_storage().nbytes() / ALIGN_BYTES) * ALIGN_BYTES
+        end += _aligned(tensors[0].tensor.untyped_storage().nbytes())
     return begins, end
+
+
+def _aligned(size_bytes: int) -> int:
+    return math.ceil(size_bytes / ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _may_be_cast(sharing: list[_Weight], casting: Collection[nn.Module]) -> bool:
+    """Whether a storage is these layers' alone, in one type that eight bits are less than."""
+    dtype = sharing[0].tensor.dtype
+    return (
+        dtype.is_floating_point
+        and dtype.itemsize > STORED.itemsize
+        and all(one.owner in casting and one.tensor.dtype == dtype for one in sharing)
+    )
+
+
+@contextmanager
+def _copying(source: torch.Tensor, target: torch.Tensor) -> Iterator[None]:
+    """Bytes of host memory to the device, while the block runs; a card may go on after it."""
+    if target.device.type == "cuda":
+        for begin in range(0, len(source), CHUNK_BYTES):
+            chunk = slice(begin, begin + CHUNK_BYTES)
+            target[chunk].copy_(source[chunk], non_blocking=True)
+        yield
+        return
+    if len(source) <= HOST_CHUNK_BYTES:
+        _copy(source, target)
+        yield
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # and the end of it waits for them
+        for begin in range(0, len(source), HOST_CHUNK_BYTES):
+            chunk = slice(begin, begin + HOST_CHUNK_BYTES)
+            pool.submit(_copy, source[chunk], target[chunk])
+        yield
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     """Bytes to host memory."""
-    if source.device.type == "cpu" and len(source) < SHARED_COPY_BYTES:
+    if source.device.type == "cpu":
         ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
     else:
         target.copy_(source)
 
 
-def _point(place: _Place, buffer: torch.Tensor) -> None:
-    """buffer: a whole one of ours, as elements of the place's dtype."""
-    view = buffer.as_strided(place.shape, place.stride, place.offset)
+def _point(place: _Place, buffer: torch.Tensor, offset: int) -> None:
+    """buffer: a whole one of ours, as elements of the type that the weight has in it."""
+    view = buffer.as_strided(place.shape, place.stride, offset)
     getattr(place.owner, place.name).data = view
 
 
@@ -245,7 +356,7 @@ def _host_buffer(size_bytes: int, device: torch.device) -> torch.Tensor:
     """Bytes of host memory, pinned for a card. Raises torch.OutOfMemoryError."""
     if not size_bytes:
         return torch.empty(0, dtype=torch.uint8)
-    pages = _mapped(size_bytes)
+    pages = mapped(size_bytes)
     buffer = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         pages.pin(buffer.data_ptr())
@@ -257,36 +368,6 @@ def _device_buffer(size_bytes: int, device: torch.device) -> torch.Tensor:
 
     Raises torch.OutOfMemoryError.
     """
-    if device.type != "cpu" or not size_bytes:
-        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(_mapped(size_bytes), dtype=torch.uint8)
-
-
-class _Pages(mmap.mmap):
-    """Anonymous memory. The tensors on it keep it; with the last one it is unmapped at once."""
-
-    _unpin: Callable[[], object] | None = None
-
-    def pin(self, address: int) -> None:
-        """Let a card copy from it by itself. address: its own. Raises RuntimeError."""
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(cudart.cudaHostRegister(address, len(self), 0))
-        self._unpin = partial(cudart.cudaHostUnregister, address)
-
-    def __del__(self) -> None:
-        # Not weakref.finalize: an mmap tells weak references only after it has unmapped itself.
-        if self._unpin is not None:
-            self._unpin()
-
-
-def _mapped(size_bytes: int) -> _Pages:
-    """Raises torch.OutOfMemoryError."""
-    try:
-        pages = _Pages(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as exc:
-        raise torch.OutOfMemoryError(f"no {size_bytes >> 20} MiB of host memory: {exc}") from exc
-    # Fewer and larger pages are faulted in and pinned several times faster. A kernel without
-    # them, or a system without the constant, has the small ones.
-    with contextlib.suppress(OSError, AttributeError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+    if device.type == "cpu":
+        return host_zeros(size_bytes)
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device)

@@ -27,12 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from worker.engine.blocks import blocks_of
+from worker.engine.casting import cast, cast_bytes
+from worker.engine.parking import ALIGN_BYTES
 from worker.vram.peak import Peak, Question
 
 CLIP_TOKENS = 77  # positions of either of SDXL's text encoders
 PICTURE_WIDTH = 1024  # of what an IP-Adapter is told of a picture, which is small beside all else
 UMT5_TOKENS = 512
 WAN_LATENT_FRAMES = 4  # frames of a video per latent frame, after the first
+DENOISERS = ("unet", "transformer")
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,20 +74,29 @@ def measure(question: Question) -> Peak:
     """Bytes of the weights and of everything else that is alive at the worst moment."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         module = build(question)
-        weights = held(module)
-        blocks = [held(one) for one in blocks_of(module)]
+        parked = held(module, ALIGN_BYTES)
+        is_denoiser = question.part in DENOISERS
+        castable = cast_bytes(module, ALIGN_BYTES) if is_denoiser else 0
+        blocks = [held(one, ALIGN_BYTES) for one in blocks_of(module)]
         return Peak(
-            weight_bytes=weights,
+            weight_bytes=held(module),
+            parked_bytes=parked,
             peak_bytes=peak_of(module, question),
             # Blocks share no weights with each other or with the rest.
-            streamed_bytes=weights - sum(blocks) + max(blocks, default=0),
+            streamed_bytes=parked - sum(blocks) + max(blocks, default=0),
+            cast_bytes=castable,
         )
 
 
 def peak_of(module: nn.Module, question: Question) -> int:
     """Bytes alive at the worst moment of one forward, inputs included, weights not, nor those of
     adapters."""
-    with _adapted(module, question) as added:
+    from worker.engine.media.splitting import halved
+
+    with ExitStack() as stack:
+        added = stack.enter_context(_adapted(module, question))
+        if question.split:
+            stack.enter_context(halved(module))
         with LiveBytes([*module.parameters(), *module.buffers(), *added]) as live:
             _CALLS[question.part](module, question)
         return int(live.peak)
@@ -100,9 +112,11 @@ def _adapted(module: nn.Module, q: Question) -> Iterator[list[torch.Tensor]]:
     if q.rank:
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                weight = layer.weight
-                down = weight.new_empty(q.rank, *weight.shape[1:])
-                up = weight.new_empty(weight.shape[0], q.rank, *[1] * (weight.dim() - 2))
+                weight, dtype = layer.weight, getattr(torch, q.dtype)
+                down = weight.new_empty(q.rank, *weight.shape[1:], dtype=dtype)
+                up = weight.new_empty(
+                    weight.shape[0], q.rank, *[1] * (weight.dim() - 2), dtype=dtype
+                )
                 layers[name] = [Scaled(down, up, 1.0, 2.0)]
     with ExitStack() as stack:
         stack.enter_context(hooked(module, layers))
@@ -123,6 +137,8 @@ def build(question: Question) -> nn.Module:
                 parameter.data = parameter.data.float()
     if question.tiled:
         module.enable_tiling()  # type: ignore[operator]
+    if question.cast:
+        cast(module)
     return module.eval()
 
 
@@ -147,13 +163,13 @@ def _kept_in_float32(module: Any, dtype: torch.dtype) -> set[str]:
     return listed
 
 
-def held(module: nn.Module) -> int:
-    """Bytes of parameters and buffers; what two share counts once."""
+def held(module: nn.Module, align_bytes: int = 1) -> int:
+    """Bytes of parameters and buffers, each rounded up; what two share counts once."""
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in (*module.parameters(), *module.buffers())
     }
-    return sum(storages.values())
+    return sum(math.ceil(size / align_bytes) * align_bytes for size in storages.values())
 
 
 @contextmanager

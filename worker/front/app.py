@@ -22,7 +22,9 @@ from worker.front.auth import LEVELS, Gate, Level
 from worker.front.drain import Drainer
 from worker.log import set_request_id
 from worker.protocol.link import Link
+from worker.vram.jobplan import JobPlanner
 from worker.vram.planner import Sizer
+from worker.vram.tokenizers import Tokenizers
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Front:
     chat_link: Link
     ask: plan.Ask  # the orchestrator
     sizer: Sizer
+    tokenizers: Tokenizers
 
 
 def places(settings: Settings) -> int:
@@ -75,7 +78,7 @@ def create_chat_app(front: Front, admission: Admission) -> Flask:
     app.register_blueprint(chat_routes.debug_blueprint(parser, service))
     app.register_blueprint(health.debug_model_blueprint(reporter))
     app.register_blueprint(memory.blueprint(reporter, front.ask, default="instruct"))
-    app.register_blueprint(plan.blueprint(_planning(front)))
+    app.register_blueprint(plan.blueprint(_planning(front, parser, service)))
     app.register_blueprint(metrics.blueprint(registry))
     return app
 
@@ -109,15 +112,30 @@ def create_media_app(
     )
     app.register_blueprint(media.blueprint(service, parser, completion))
     app.register_blueprint(memory.blueprint(reporter, front.ask, default="all"))
-    app.register_blueprint(plan.blueprint(_planning(front)))
+    app.register_blueprint(plan.blueprint(_planning(front, parser, completion)))
     app.register_blueprint(metrics.blueprint(registry))
     return app
 
 
-def _planning(front: Front) -> plan.PlanService:
+def _planning(
+    front: Front, parser: chat_routes.ChatParser, chat: chat_routes.ChatService
+) -> plan.PlanService:
     settings = front.settings
+    planner = JobPlanner(
+        front.sizer,
+        front.tokenizers,
+        long_prompts=settings.media.long_prompts,
+        most_pictures=settings.limits.images,
+    )
     return plan.PlanService(
-        front.sizer, front.media_catalog, settings.limits, settings.media.exactness, front.ask
+        planner,
+        front.sizer,
+        front.media_catalog,
+        settings.limits,
+        settings.media.exactness,
+        parser,
+        chat,
+        front.ask,
     )
 
 

@@ -42,10 +42,12 @@ from worker.jsonvalues import (
 from worker.protocol.link import HungUp, Link, Mailbox
 from worker.protocol.messages import (
     ChatMessage,
+    ChatPlanned,
     Failed,
     Generate,
     Generated,
     Message,
+    PlanChat,
     Render,
     Rendered,
     Sampling,
@@ -55,6 +57,7 @@ from worker.receipt import ids_sha256, messages_sha256
 
 ROLES = ("system", "user", "assistant")
 MAX_TOKENS = 131_072  # more than the longest context of the catalog's models
+DEFAULT_MAX_TOKENS = 512  # of /chat; /enhance has its own
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_SCHEMA_CHARS = 65_536
@@ -296,17 +299,37 @@ class ChatService:
 
     def render(self, parsed: ChatRequest, request_id: str) -> Rendered:
         """The prompt that `parsed` would run, as text and ids."""
-        self._link.require_connected()
         message = Render(
             request_id=f"{request_id}#{next(self._numbers)}",
             model=parsed.model.id,
             messages=parsed.messages,
             prompt=parsed.prompt,
         )
-        with self._asking.place():
-            reply = ask(self._link, message, parsed.deadline_s)
+        reply = self._asked(message, parsed.deadline_s)
         assert isinstance(reply, Rendered)
         return reply
+
+    def plan(self, parsed: ChatRequest, request_id: str) -> ChatPlanned:
+        """What `parsed` would take, without running it. Raises as `begin`, and what the engine
+        refuses it with."""
+        if parsed.schema is not None:
+            self._schemas.check(parsed.schema)
+        message = PlanChat(
+            request_id=f"{request_id}#{next(self._numbers)}",
+            model=parsed.model.id,
+            messages=parsed.messages,
+            prompt=parsed.prompt,
+            max_tokens=parsed.sampling.max_tokens,
+            deterministic=parsed.deterministic,
+        )
+        reply = self._asked(message, parsed.deadline_s)
+        assert isinstance(reply, ChatPlanned)
+        return reply
+
+    def _asked(self, message: Message, timeout_s: float) -> Message:
+        self._link.require_connected()
+        with self._asking.place():
+            return ask(self._link, message, timeout_s)
 
 
 class Generation:
@@ -370,10 +393,13 @@ class Generation:
 
 
 def ask(link: Link, message: Message, timeout_s: float) -> Message:
-    """Send a request that has one answer and wait for it. Raises what the engine raised."""
+    """Send a request that has one answer and wait for it; it is taken back when that takes too
+    long. Raises what the engine raised."""
     mailbox = link.submit(message)
     try:
         reply = mailbox.wait(timeout_s + ENGINE_GRACE_S)
+        if reply is None:
+            link.cancel(mailbox.request_id)
     finally:
         link.release(mailbox)
     if isinstance(reply, Failed):
@@ -405,7 +431,7 @@ def blueprint(parser: ChatParser, chat: ChatService, stats: ChatStats) -> Bluepr
     @bp.post("/chat")
     @bp.post("/generate")
     def chat_route() -> ResponseReturnValue:
-        return answer("response", max_tokens=512)
+        return answer("response", max_tokens=DEFAULT_MAX_TOKENS)
 
     @bp.post("/enhance")
     @bp.post("/enhance/sdxl")
@@ -441,7 +467,7 @@ def debug_blueprint(parser: ChatParser, chat: ChatService) -> Blueprint:
         if isinstance(body, dict) and "inputs" in body:
             parsed, _ = parser.parse_completion(body)
         else:
-            parsed = parser.parse(body, max_tokens=512)
+            parsed = parser.parse(body, max_tokens=DEFAULT_MAX_TOKENS)
         rendered = chat.render(parsed, g.request_id)
         messages = [(message.role, message.content) for message in parsed.messages]
         return {

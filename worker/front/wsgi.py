@@ -30,6 +30,7 @@ from worker.protocol.transport import socket_path
 from worker.vram.planner import Sizer
 from worker.vram.probe import first_card
 from worker.vram.sizes import Peaks
+from worker.vram.tokenizers import Tokenizers
 
 # How worker/front/__main__.py tells the gunicorn worker what to build.
 NAME_VARIABLE = "VERBATIM_FRONT"
@@ -63,6 +64,7 @@ def build() -> Flask:
             kv_bytes=settings.chat.kv_bytes,
             max_running=settings.chat.max_running,
         ),
+        Tokenizers(settings.state_dir),
     )
     links = {"engine chat": front.chat_link}
     if name == "chat":

@@ -29,7 +29,7 @@ from worker.jobs.fields import (
     is_http_url,
     is_null_or_false,
 )
-from worker.jobs.pictures import Pictures, read_pictures
+from worker.jobs.pictures import Pictures, read_pictures, require_own
 from worker.jobs.pictures import Wanted as Wanted
 from worker.jobs.weights import read_loras, read_terms
 from worker.jsonvalues import keep_alive_s, whole_number, within
@@ -74,7 +74,8 @@ class JobRequest:
 def decode_job(body: Any, catalog: Catalog, limits: Limits, exactness: str = "bit") -> JobRequest:
     """exactness: the least, of jobs that do not say.
 
-    Raises InvalidRequest, OutOfRange or Unsupported, with the allowed range, before any work.
+    Raises InvalidRequest, OutOfRange or Unsupported, with the allowed range, or ReferenceForbidden,
+    before any work.
     """
     if not isinstance(body, dict) or not body:
         raise InvalidRequest("the body must be a JSON object with a prompt")
@@ -100,7 +101,10 @@ class _Decoder:
     def job(self) -> JobRequest:
         type_name, given, job_type = self._type()
         spec = self._model(job_type)
+        user_id = self._user_id()
         pictures = read_pictures(self._fields, spec, job_type)
+        for one in pictures.wanted:
+            require_own(one, user_id)
         width, height = self._size(spec, job_type)
         num_images = self._fields.integer("num_images", "batch_size", default=1)
         most_images = self._limits.images if job_type.kind == "sdxl" else 1
@@ -137,7 +141,7 @@ class _Decoder:
             keep_alive_s=keep_alive_s(self._fields.first("keep_alive")),
             references=pictures.wanted,
             job_type_given=given,
-            user_id=self._user_id(),
+            user_id=user_id,
             webhook_url=webhook_url,
             webhook_secret=webhook_secret,
             ignored=self._fields.ignored(),

@@ -20,7 +20,7 @@ from worker.jobs.bell import Bell
 from worker.jobs.decode import JobRequest, is_job_id
 from worker.jobs.job import Job, Status
 from worker.jobs.journal import Journal
-from worker.jobs.runner import Teller
+from worker.jobs.told import Teller
 from worker.log import request_scope
 from worker.queues.elements import MalformedElement, decode_element, job_id_of
 from worker.queues.queue import JobQueue, QueueUnavailable

@@ -7,7 +7,6 @@ process alone. A change is on the disk when its method returns.
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 import time
 import uuid
@@ -18,31 +17,19 @@ from typing import Any
 
 import msgspec
 
-from worker.errors import (
-    Busy,
-    Conflict,
-    InvalidRequest,
-    NotFound,
-    WorkerError,
-)
+from worker.errors import Busy, Conflict, InvalidRequest, NotFound
 from worker.jobs.bell import Bell
 from worker.jobs.database import Database
 from worker.jobs.decode import JobRequest
 from worker.jobs.job import Job, Status
 from worker.jobs.schedule import Waiting
-from worker.jobs.stored import from_json, to_json
-from worker.jobs.types import JOB_TYPES
-from worker.protocol.messages import AssetFile, RenderParams
+from worker.jobs.stored import MAX_NESTING, can_be_kept, job_of, to_json, waiting_of
+from worker.protocol.messages import AssetFile
 from worker.storage.deliver import Delivery
-
-log = logging.getLogger(__name__)
 
 HTTP = "http"  # the source of jobs that came over HTTP
 TYPICAL_JOB_S = 20.0  # until one has completed
 LEARN_FROM = 20  # completed jobs that Retry-After is computed from
-# Of a body. Python reads JSON less deep the deeper it is called, so that what one thread has
-# written another could not read; real bodies have 4.
-MAX_NESTING = 100
 
 _JOB = "SELECT jobs.*, EXISTS (SELECT 1 FROM wishes WHERE job_id = id) AS cancelled FROM jobs"
 
@@ -106,7 +93,7 @@ class Journal:
         another body, Busy when the queue is full, InvalidRequest for a body that is nested too
         deeply to be kept, JournalUnavailable.
         """
-        if given is not None and not _can_be_kept(given):
+        if given is not None and not can_be_kept(given):
             raise InvalidRequest(f"the body is nested more than {MAX_NESTING} deep")
         with self._database.changing() as database:
             known = self._known(database, request.job_id, key)
@@ -151,7 +138,7 @@ class Journal:
         """Keep a job whose body cannot be honoured as failed, so that whoever sent it is told; the
         one that the same body has made before stays. Raises Conflict when the id came with
         another body."""
-        if not _can_be_kept(given):
+        if not can_be_kept(given):
             given = {}
         with self._database.changing() as database:
             for known, _ in self._known(database, job_id, None):
@@ -227,7 +214,7 @@ class Journal:
             "json_extract(request, '$.request.params') AS params "
             "FROM jobs WHERE status = 'queued' ORDER BY number"
         )
-        return [_waiting(**dict(row)) for row in rows]
+        return [waiting_of(row) for row in rows]
 
     def of_source(self, source: str, *statuses: Status) -> list[Job]:
         """Jobs of one list in these states, oldest first."""
@@ -512,7 +499,7 @@ class Journal:
         rows = database.execute(
             f"{_JOB} WHERE id = ? OR key = ? ORDER BY id = ? DESC", (job_id, key, job_id)
         )
-        return [(_job(row), row["body_sha256"]) for row in rows]
+        return [(job_of(row), row["body_sha256"]) for row in rows]
 
     def _come_again(
         self,
@@ -620,10 +607,10 @@ class Journal:
 
     def _find(self, database: sqlite3.Connection, job_id: str) -> Job | None:
         row = database.execute(f"{_JOB} WHERE id = ?", (job_id,)).fetchone()
-        return _job(row) if row is not None else None
+        return job_of(row) if row is not None else None
 
     def _jobs(self, where: str, values: Sequence[Any] = ()) -> list[Job]:
-        return [_job(row) for row in self._all(f"{_JOB} {where} ORDER BY number", values)]
+        return [job_of(row) for row in self._all(f"{_JOB} {where} ORDER BY number", values)]
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         with self._database.reading() as database:
@@ -631,58 +618,3 @@ class Journal:
 
     def _one(self, sql: str, values: Sequence[Any] = ()) -> Any:
         return self._all(sql, values)[0][0]
-
-
-def _can_be_kept(given: dict[str, Any]) -> bool:
-    level: list[Any] = [given]
-    for _ in range(MAX_NESTING):
-        level = [inner for one in level for inner in (one.values() if type(one) is dict else one)]
-        level = [inner for inner in level if type(inner) in (dict, list)]
-        if not level:
-            return True
-    return False
-
-
-def _request(row: sqlite3.Row) -> JobRequest | None:
-    if row["request"] is None:
-        return None
-    try:
-        return from_json(row["request"])
-    except WorkerError as exc:  # one such job must not keep all others from being read
-        log.error("job %s: %s", row["id"], exc)
-        return None
-
-
-def _waiting(*, type: str | None, params: str | None, has_references: int, **row: Any) -> Waiting:
-    """type: of a job that allows what sharing a batch changes; None: of any other."""
-    shape: object = None
-    if type in JOB_TYPES and JOB_TYPES[type].kind == "sdxl" and params is not None:
-        try:
-            shape = msgspec.json.decode(params, type=RenderParams).batch_shape
-        except msgspec.DecodeError:  # of another version: it fails when its turn comes
-            shape = None
-    return Waiting(**row, has_references=bool(has_references), shape=shape)
-
-
-def _job(row: sqlite3.Row) -> Job:
-    return Job(
-        id=row["id"],
-        number=row["number"],
-        request=_request(row),
-        given=json.loads(row["given"]),
-        source=row["source"],
-        element=row["element"],
-        created_at=row["created_at"],
-        status=Status(row["status"]),
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        starts=row["starts"],
-        restarts=row["restarts"],
-        attempts=row["attempts"],
-        assets=msgspec.json.decode(row["assets"], type=tuple[AssetFile, ...]),
-        receipt=json.loads(row["receipt"]),
-        seconds=json.loads(row["seconds"]),
-        error=row["error"],
-        error_code=row["error_code"],
-        cancel_requested=bool(row["cancelled"]),
-    )

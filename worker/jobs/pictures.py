@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from worker.catalog import ModelSpec
-from worker.errors import InvalidRequest, OutOfRange, Unsupported
+from worker.errors import InvalidRequest, OutOfRange, ReferenceForbidden, Unsupported
 from worker.jobs import types
 from worker.jobs.fields import (
     CONFIG,
@@ -70,6 +70,24 @@ def read_pictures(fields: Fields, spec: ModelSpec, job_type: types.JobType) -> P
     return Pictures()  # WAN's image types look at none
 
 
+def require_own(picture: Wanted, user_id: str | None) -> None:
+    """A path in storage is read with the service key, which opens everybody's folders; so the
+    folder has to be the user's whose job it is. Raises ReferenceForbidden."""
+    if is_http_url(picture.source):
+        return  # fetched without a key, as anybody could
+    if user_id is None:
+        raise ReferenceForbidden(
+            "a picture in storage is read for the user whose folder it lies in, and this job has "
+            "no user_id; send it, or a signed URL"
+        )
+    _bucket, owner, *inside = picture.source.split("/")
+    if owner != user_id or not inside:
+        raise ReferenceForbidden(
+            "a picture in storage must lie in the folder of the job's own user_id, as in "
+            "user-library/USER_ID/FILE; for any other picture send a signed URL"
+        )
+
+
 # --- SDXL --------------------------------------------------------------------------------------
 
 
@@ -114,11 +132,10 @@ def _reference_type(fields: Fields) -> str | None:
 
 
 def _of_an_adapter(fields: Fields, spec: ModelSpec, kind: str, source: str) -> Pictures:
-    if spec.adapter("ip_adapter") is None:
+    if spec.ip_adapter is None:
         raise Unsupported(
-            f"reference_type {kind} needs an ip_adapter and the catalog has none for model "
-            f"{spec.id}; add one to the profile as [[adapters]] with kind, model, path and "
-            "image_encoder"
+            f"reference_type {kind} needs an ip_adapter, and model {spec.id} has none; "
+            f"{spec.ip_adapter_cure}"
         )
     strength = _share(fields, "reference_strength")
     if strength is None:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -288,7 +288,13 @@ class _Fetcher:
         found = project(environment)
         self._storage = SupabaseObjects(*found, http) if found is not None else None
 
-    def __call__(self, wanted: Wanted, folder: Path) -> Reference:
+    def __call__(self, wanted: Wanted, folder: Path, should_stop: Callable[[], bool]) -> Reference:
         return fetch_picture(
-            wanted.source, wanted.role, folder, self._http, self._limits, self._storage
+            wanted.source,
+            wanted.role,
+            folder,
+            self._http,
+            self._limits,
+            self._storage,
+            should_stop,
         )

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from worker.jobs.callbacks import Facts, asset_keys, callback_body, serialise, webhook_body
 from worker.jobs.job import Job
 from worker.jobs.journal import HTTP, NewDelivery, Upload
 from worker.protocol.messages import AssetFile
 from worker.storage.deliver import CALLBACK, PROCESSING, WEBHOOK
+
+
+class Teller(Protocol):
+    """Says what is to be told to whom when something happens to a job."""
+
+    def __call__(self, job: Job, event: str) -> Sequence[NewDelivery]:
+        """event: processing | completed | failed | cancelled."""
+        ...
+
+
+class Places(Protocol):
+    """Says which files of a job go where in the object store."""
+
+    def __call__(self, job: Job, assets: Sequence[AssetFile]) -> Sequence[Upload]: ...
 
 
 class Tellers:

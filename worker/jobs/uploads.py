@@ -13,7 +13,7 @@ from worker.jobs.bell import Bell
 from worker.jobs.job import Status
 from worker.jobs.journal import Journal, Upload
 from worker.jobs.results import Results
-from worker.jobs.runner import Teller
+from worker.jobs.told import Teller
 from worker.log import request_scope
 from worker.storage.deliver import backoff_s
 from worker.storage.stores import ObjectStore

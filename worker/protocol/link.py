@@ -237,8 +237,8 @@ class Link:
         if self.view.state is not None:
             self.view = replace(self.view, state=None, lost_at=time.monotonic())
         error = EngineLost(
-            f"the {self.view.name} process ended while it worked on this request; "
-            "it is being restarted",
+            f"the connection to the {self.view.name} process ended while it worked on this "
+            "request: it died and is being restarted, or this process had stood still",
             retry_after_s=self.view.retry_after_s(time.monotonic()),
         )
         for request_id, mailbox in self._pending.items():

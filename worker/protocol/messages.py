@@ -14,7 +14,7 @@ import msgspec
 
 from worker.errors import WorkerError
 
-VERSION = 6
+VERSION = 7
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -157,6 +157,33 @@ class Rendered(Message, frozen=True, kw_only=True):
     template: str | None
     tokenizer_sha256: str
     context_tokens: int
+
+
+class PlanChat(Message, frozen=True, kw_only=True):
+    """What a `Generate` with these would take; nothing runs."""
+
+    request_id: str
+    model: str
+    messages: tuple[ChatMessage, ...] = ()
+    prompt: str | None = None
+    max_tokens: int
+    deterministic: bool = False
+
+
+class ChatPlanned(Message, frozen=True, kw_only=True):
+    """The answer to a `PlanChat`; a prompt that leaves no room is a `Failed`, as it would be."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int  # of them, whose keys and values are there already
+    max_tokens: int  # that there is room for, as many as were asked for at most
+    context_tokens: int
+    kv_bytes: int  # of the pool, with its longest answer
+    pool_bytes: int  # now; 0 while the model is not on the device
+    whole_pool_bytes: int
+    # From its arrival, with the model on the device and room in the pool: (from, to). None while
+    # nothing was seen.
+    seconds: tuple[float, float] | None
 
 
 class Token(Message, frozen=True, kw_only=True):
@@ -406,7 +433,11 @@ class Declare(Message, frozen=True, kw_only=True):
 
 
 class Acquire(Message, frozen=True, kw_only=True):
-    """Asks for what a phase takes. The answer is `Granted` or `Refused`, maybe much later."""
+    """Asks for what a phase takes. The answer is `Granted` or `Refused`, maybe much later.
+
+    It waits for as long as its engine does not take it back (`Withdraw`): the engine alone knows
+    who still wants the answer, and until when.
+    """
 
     epoch: int
     number: int  # names the question within the epoch
@@ -414,12 +445,13 @@ class Acquire(Message, frozen=True, kw_only=True):
     phase: str
     ways: tuple[Way, ...]
     priority: int = 0
-    deadline_s: float | None = None  # refused when it has waited so long
+    # Of tenants that shrink, by id, what this works with where that is more than their floor.
+    least_bytes: dict[str, int] = {}
     standing: bool = False  # kept when it is not used, until somebody else needs it
     free_only: bool = False  # refused at once where anything would have to move for it
     pausable: bool = False  # its work can be left between two steps and gone on with: `Pause`
     model: str = ""  # of a phase whose seconds are worth learning
-    pixels: int = 0  # of all its frames; 0: not to be learned from
+    pixels: int = 0  # that are computed at once; 0: not to be learned from
     work: float = 1.0  # what its seconds are proportional to beside them, such as steps
 
 
@@ -480,6 +512,17 @@ class Release(Message, frozen=True, kw_only=True):
     keep_alive_s: float | None = None  # as in Use
 
 
+class Took(Message, frozen=True, kw_only=True):
+    """A phase without device memory is over: its seconds, to be learned from. As in Acquire."""
+
+    epoch: int
+    model: str
+    phase: str
+    pixels: int
+    work: float
+    seconds: float
+
+
 class Pause(Message, frozen=True, kw_only=True):
     """To the holder of a pausable lease: release it after the current step, because a request of
     higher priority waits, and ask again for what is left to do."""
@@ -496,6 +539,14 @@ class Yield(Message, frozen=True, kw_only=True):
     kind: str  # park | drop | shrink | grow
     held_bytes: int  # that it shall have then
     wait: bool = False  # where they are in use: begin nothing new with them, and yield then
+
+
+class Stay(Message, frozen=True, kw_only=True):
+    """An order that was put off is not needed any more, because nobody waits for room. Its answer
+    is `Yielded`, with what the tenant has; one that is under way already counts."""
+
+    move: int
+    tenant: str
 
 
 class Yielded(Message, frozen=True, kw_only=True):
@@ -522,13 +573,14 @@ class Explanation(Message, frozen=True, kw_only=True):
 
 
 class PhaseWays(msgspec.Struct, frozen=True, kw_only=True):
-    """A phase of a job that is only planned."""
+    """A phase of a job that is only planned. One without ways asks for nothing of the device."""
 
     name: str
     ways: tuple[Way, ...]
     model: str = ""
     pixels: int = 0  # as in Acquire
     work: float = 1.0
+    least_bytes: dict[str, int] = {}
 
 
 class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -537,6 +589,7 @@ class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     way: str
     exactness: str
+    tenants: tuple[str, ...] = ()  # that are there meanwhile; what is streamed is in the peak
     tenants_bytes: int = 0
     peak_bytes: int
     free_bytes: int  # left meanwhile
@@ -625,6 +678,8 @@ AnyMessage = (
     | Generate
     | Render
     | Rendered
+    | PlanChat
+    | ChatPlanned
     | Token
     | Tokens
     | Generated
@@ -645,8 +700,10 @@ AnyMessage = (
     | Brought
     | Use
     | Release
+    | Took
     | Pause
     | Yield
+    | Stay
     | Yielded
     | ExplainQuery
     | Explanation

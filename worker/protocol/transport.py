@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 # First frame of every message. A peer of another version is refused by name.
 _TAG = f"verbatim/{VERSION}".encode()
-# Messages that may wait in a socket. The sender of more is refused with Busy long before.
+# Messages that may wait for one peer, and as many again where it receives them. Whoever leaves more
+# unread has stood still for minutes, and is hung up on; who sends more is refused with Busy long
+# before.
 _QUEUE_MESSAGES = 10_000
 # Longest socket path that every supported system takes (sun_path is 104 bytes on macOS, 108 on
 # Linux, with the closing zero).
@@ -46,7 +48,7 @@ class Peer:
 
 
 class PeerGone(Exception):
-    """The peer that a message was for has disconnected."""
+    """The peer that a message was for has disconnected, or does not read and was hung up on."""
 
 
 class NotConnected(Exception):
@@ -63,8 +65,28 @@ class Disconnected:
     """A `Client` event: the other side is gone, and with it everything it had not answered."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """What a peer came in on, so that it can be closed: ZeroMQ has no call for that."""
+
+    descriptor: int  # ZeroMQ's own; another file may have the number once it is closed
+    inode: int  # which tells that
+
+    @property
+    def is_open(self) -> bool:
+        try:
+            return os.fstat(self.descriptor).st_ino == self.inode
+        except OSError:
+            return False
+
+
 class Server:
-    """Receives messages from any number of peers. One thread."""
+    """Receives messages from any number of peers. One thread.
+
+    A peer that lets its queue run full is hung up on, so that it knows at once that something is
+    lost, as if this process had died: nothing comes after a message that found no room. It may
+    connect again, and is another peer then.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path):
         self._path = path
@@ -77,6 +99,7 @@ class Server:
         # would go on working for nobody.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(f"ipc://{path}")
+        self._connections: dict[bytes, _Connection] = {}  # by identity; some may be closed
 
     @property
     def poll_target(self) -> zmq.Socket[bytes]:
@@ -86,23 +109,47 @@ class Server:
         """The next message, or None when none is waiting. What is no message is skipped."""
         while True:
             try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return None
+            identity, *frames = (part.bytes for part in parts)
+            if identity not in self._connections:
+                self._meet(identity, parts[0].get(zmq.SRCFD))
             message = _decode(frames)
             if message is not None:
                 return Peer(identity), message
 
     def send(self, peer: Peer, message: Message) -> None:
-        """Raises PeerGone when the peer has disconnected."""
+        """Never blocks. Raises PeerGone when the peer has disconnected, or is hung up on now."""
         try:
             self._socket.send_multipart(
                 [peer.identity, _TAG, _encoder.encode(message)], zmq.NOBLOCK
             )
         except zmq.ZMQError as exc:
-            if exc.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise PeerGone(str(exc)) from exc
-            raise
+            if exc.errno == zmq.EAGAIN:
+                self._hang_up(peer.identity)
+            elif exc.errno != zmq.EHOSTUNREACH:
+                raise
+            raise PeerGone(str(exc)) from exc
+
+    def _meet(self, identity: bytes, descriptor: int) -> None:
+        self._connections = {known: one for known, one in self._connections.items() if one.is_open}
+        try:
+            inode = os.fstat(descriptor).st_ino
+        except OSError:
+            return  # it has gone already
+        self._connections[identity] = _Connection(descriptor, inode)
+
+    def _hang_up(self, identity: bytes) -> None:
+        connection = self._connections.pop(identity, None)
+        if connection is None or not connection.is_open:
+            return  # it has gone, or is going
+        log.error(
+            "hung up on a process that has not read the last %d messages of %s",
+            _QUEUE_MESSAGES, self._path.stem,
+        )  # fmt: skip
+        with socket.socket(fileno=os.dup(connection.descriptor)) as its:
+            its.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
@@ -172,7 +219,7 @@ class Client:
         return Connected() if up else Disconnected()
 
     def send(self, message: Message) -> None:
-        """Raises NotConnected when nobody is there to take it."""
+        """Raises NotConnected when nobody is there to take it, or to read what waits already."""
         try:
             self._socket.send_multipart([_TAG, _encoder.encode(message)], zmq.NOBLOCK)
         except zmq.Again as exc:

@@ -10,20 +10,30 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from threading import Thread
 from urllib.parse import quote
 
-from worker.errors import ConfigError, ReferenceRefused, ReferenceUnavailable, has_trap_word
+from worker.errors import (
+    Cancelled,
+    ConfigError,
+    ReferenceRefused,
+    ReferenceUnavailable,
+    has_trap_word,
+)
 
 # Host and port in; every address of the host, as text, out. Raises OSError if there is none.
 Resolver = Callable[[str, int], Iterable[str]]
+# Whether what is waited for is not wanted any more.
+ShouldStop = Callable[[], bool]
 
 MAX_URL_CHARS = 8192  # a signed URL of the storage has some 500
 LOOK_UP_S = 10.0
+LOOK_EVERY_S = 0.1  # whether somebody still wants what is waited for
 RETRY_AFTER_S = 5.0
 PORTS = {"http": 80, "https": 443}
 
@@ -110,6 +120,11 @@ class Target:
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
+def never() -> bool:
+    """As `ShouldStop`, of what is wanted whatever happens."""
+    return False
+
+
 class Addresses:
     """Decides on URLs. Never changes after it was made; any thread."""
 
@@ -125,14 +140,16 @@ class Addresses:
         except ReferenceRefused as exc:
             raise ConfigError(f"an allowed origin is not like https://host:port: {exc}") from exc
 
-    def check(self, url: str, within_s: float = LOOK_UP_S) -> Target:
+    def check(
+        self, url: str, within_s: float = LOOK_UP_S, should_stop: ShouldStop = never
+    ) -> Target:
         """`url` with its addresses, all of which may be connected to.
 
-        within_s: for the look-up of the name. Raises ReferenceRefused, or ReferenceUnavailable
-        if the name cannot be looked up now.
+        within_s: for the look-up of the name. Raises ReferenceRefused, ReferenceUnavailable if
+        the name cannot be looked up now, or Cancelled.
         """
         target = parse_url(url)
-        addresses = self._addresses(target, within_s)
+        addresses = self._addresses(target, within_s, should_stop)
         if target.origin not in self._allowed and not all(map(is_public, addresses)):
             raise ReferenceRefused(
                 f"{shown_host(target.host)} has an address that is not a public one, and is not "
@@ -140,7 +157,9 @@ class Addresses:
             )
         return replace(target, addresses=addresses)
 
-    def _addresses(self, target: Target, within_s: float) -> tuple[str, ...]:
+    def _addresses(
+        self, target: Target, within_s: float, should_stop: ShouldStop
+    ) -> tuple[str, ...]:
         if _is_literal(target.host):
             return (target.host,)
         who = shown_host(target.host)
@@ -155,13 +174,17 @@ class Addresses:
         # The system's look-up takes no time limit and a name's owner may answer slowly, so it gets
         # a thread that is left behind when it takes too long.
         Thread(target=look, name="look-up", daemon=True).start()
+        ends = time.monotonic() + within_s
+        while not wait((looking,), min(LOOK_EVERY_S, ends - time.monotonic())).done:
+            if should_stop():
+                raise Cancelled("nobody waits for this any more")
+            if time.monotonic() >= ends:
+                raise ReferenceUnavailable(
+                    f"the name of {who} was not found within {within_s:.3g} s",
+                    retry_after_s=RETRY_AFTER_S,
+                )
         try:
-            addresses = looking.result(within_s)
-        except TimeoutError as exc:
-            raise ReferenceUnavailable(
-                f"the name of {who} was not found within {within_s:.3g} s",
-                retry_after_s=RETRY_AFTER_S,
-            ) from exc
+            addresses = looking.result()
         except OSError as exc:
             # Also for a name that does not exist: one of a container that is not up yet does not.
             raise ReferenceUnavailable(

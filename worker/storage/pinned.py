@@ -6,29 +6,38 @@ elsewhere a moment later changes nothing. There are no proxies, no kept connecti
 address was verified for one name only) and no unpacking of compressed answers.
 
 httpcore is what httpx does its requests with. It is used directly because it lets a program supply
-the network: the addresses, and a deadline that holds for every single read, which httpx's timeouts
-do not have (a server that sends one byte of its headers a second would be waited for all day).
+the network: the addresses, a deadline that holds for every single read, which httpx's timeouts do
+not have (a server that sends one byte of its headers a second would be waited for all day), and an
+end at once, wherever it waits, when nobody wants the answer any more.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import select
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Self, TypeVar
 from urllib.parse import urljoin
 
 import httpcore
 
-from worker.errors import ReferenceRefused, ReferenceTooLarge, ReferenceUnavailable
+from worker.errors import Cancelled, ReferenceRefused, ReferenceTooLarge, ReferenceUnavailable
 from worker.storage.addresses import (
+    LOOK_EVERY_S,
     RETRY_AFTER_S,
     Addresses,
+    ShouldStop,
     Target,
     has_scheme,
     is_plain,
+    never,
     shown_host,
 )
 
@@ -37,7 +46,15 @@ MAX_ANSWER_BYTES = 64 << 10  # of an answer that is not a file: an error's text,
 CONNECT_S = 5.0  # for one address, if there is another to try
 USER_AGENT = "verbatim"  # some hosts refuse a request without one
 
-_WRITE_BYTES = 16 << 10
+# Address and port in; a connection that has begun, and is not waited for. Raises OSError.
+Dial = Callable[[str, int], socket.socket]
+T = TypeVar("T")
+
+# What TLS waits for may be the other way than the step that it is asked to do.
+_EVENTS: Mapping[type[OSError], int] = {
+    ssl.SSLWantReadError: select.POLLIN,
+    ssl.SSLWantWriteError: select.POLLOUT,
+}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Ours to set, or of no meaning in a request like these.
 _NOT_THE_CALLERS = frozenset(
@@ -63,32 +80,38 @@ class PinnedHttp:
         self,
         addresses: Addresses,
         verify: ssl.SSLContext | None = None,
-        network: httpcore.NetworkBackend | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        dial: Dial | None = None,
     ):
         """verify: whose certificates count; by default those that certifi and the system trust."""
         self._addresses = addresses
         self._verify = verify or httpcore.default_ssl_context()
-        self._network = network or httpcore.SyncBackend()
-        self._clock = clock
+        self._dial = dial or begin_connection
 
     def get(
-        self, url: str, *, headers: Mapping[str, str], max_bytes: int, total_timeout_s: float
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        max_bytes: int,
+        total_timeout_s: float,
+        should_stop: ShouldStop = never,
     ) -> Answer:
         """The answer after at most 5 redirects, each of which is checked as `url` is.
 
         headers: not sent on to another origin, but for Accept. max_bytes: of the body of a 2xx;
         of any other status at most 64 KiB are read. total_timeout_s: from here to the last byte.
-        Raises ReferenceRefused, ReferenceTooLarge, ReferenceUnavailable.
+        should_stop: asked every LOOK_EVERY_S; once it is true nothing is waited for any more.
+        Raises ReferenceRefused, ReferenceTooLarge, ReferenceUnavailable, Cancelled.
         """
-        deadline = _Deadline(total_timeout_s, self._clock)
-        target = self._addresses.check(url, deadline.total_s)
+        patience = _Patience(total_timeout_s, should_stop)
+        target = self._addresses.check(url, patience.total_s, should_stop)
         for _ in range(MAX_REDIRECTS + 1):
-            with self._open("GET", target, headers, None, deadline) as response:
+            with self._open("GET", target, headers, None, patience) as response:
                 location = _location(response)
                 if location is None:
                     return _file(response, target, max_bytes)
-            following = self._addresses.check(_joined(target, location), deadline.left_s())
+            there = _joined(target, location)
+            following = self._addresses.check(there, patience.left_s(), should_stop)
             if target.scheme == "https" and following.scheme == "http":
                 raise ReferenceRefused(f"{shown_host(target.host)} redirects from https to http")
             if following.origin != target.origin:
@@ -104,9 +127,9 @@ class PinnedHttp:
         Once the status is here the message is delivered, so a body that breaks off is no error.
         Raises ReferenceRefused, ReferenceUnavailable.
         """
-        deadline = _Deadline(total_timeout_s, self._clock)
-        target = self._addresses.check(url, deadline.total_s)
-        with self._open("POST", target, headers, content, deadline) as response:
+        patience = _Patience(total_timeout_s, never)
+        target = self._addresses.check(url, patience.total_s)
+        with self._open("POST", target, headers, content, patience) as response:
             return _first_bytes(response)
 
     @contextmanager
@@ -116,7 +139,7 @@ class PinnedHttp:
         target: Target,
         headers: Mapping[str, str],
         content: bytes | None,
-        deadline: _Deadline,
+        patience: _Patience,
     ) -> Iterator[httpcore.Response]:
         """An answer whose status and headers are here; errors of the network as our own."""
         who = shown_host(target.host)
@@ -129,7 +152,7 @@ class PinnedHttp:
         connection = httpcore.HTTPConnection(
             url.origin,
             ssl_context=self._verify,
-            network_backend=_Pinned(self._network, target.addresses, deadline),
+            network_backend=_Pinned(self._dial, target.addresses, patience),
         )
         try:
             with connection, connection.stream(
@@ -138,7 +161,7 @@ class PinnedHttp:
                 yield response
         except httpcore.TimeoutException as exc:
             raise ReferenceUnavailable(
-                f"{who} did not answer completely within {deadline.total_s:g} s",
+                f"{who} did not answer completely within {patience.total_s:g} s",
                 retry_after_s=RETRY_AFTER_S,
             ) from exc
         except httpcore.LocalProtocolError:
@@ -154,34 +177,67 @@ class PinnedHttp:
             ) from exc
 
 
-class _Deadline:
-    """A moment, and how far away it is."""
+def begin_connection(address: str, port: int) -> socket.socket:
+    """A TCP connection that is not waited for. address: no name. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = connection.connect_ex((address, port))
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
-    def __init__(self, total_s: float, clock: Callable[[], float]):
+
+def connect_s(left_s: float, behind: int) -> float:
+    """How long one address may be tried, with so many addresses behind it. Pure."""
+    return min(CONNECT_S, left_s / (behind + 1)) if behind else left_s
+
+
+class _Patience:
+    """How long an answer is waited for: until a moment, and as long as somebody wants it."""
+
+    def __init__(self, total_s: float, should_stop: ShouldStop):
         self.total_s = total_s
-        self._clock = clock
-        self._at = clock() + total_s
+        self._should_stop = should_stop
+        self._ends = time.monotonic() + total_s
 
     def left_s(self) -> float:
-        return max(0.0, self._at - self._clock())
+        return max(0.0, self._ends - time.monotonic())
 
-    def wait_s(self, late: type[httpcore.TimeoutException]) -> float:
-        """How long the next step may take. Raises `late` if nothing is left."""
-        left_s = self.left_s()
-        if left_s <= 0:  # a socket takes 0 for "do not wait", which is another thing
+    def for_at_most(self, seconds: float) -> Self:
+        """Less of it, beginning now."""
+        return type(self)(min(seconds, self.left_s()), self._should_stop)
+
+    def check(self, late: type[httpcore.TimeoutException]) -> None:
+        """Raises `late` when there is no time left, Cancelled when nobody waits any more."""
+        if self._should_stop():
+            raise Cancelled("nobody waits for this any more")
+        if self.left_s() <= 0:
             raise late(f"{self.total_s:g} s are over")
-        return left_s
+
+    def until_ready(
+        self, connection: socket.socket, events: int, late: type[httpcore.TimeoutException]
+    ) -> None:
+        """Wait for one of `events` of poll(2). Raises as `check`."""
+        poll = select.poll()
+        poll.register(connection, events)
+        self.check(late)
+        while not poll.poll(min(LOOK_EVERY_S, self.left_s()) * 1000):
+            self.check(late)
 
 
 class _Pinned(httpcore.NetworkBackend):
     """Connects to given addresses, whatever host is asked for."""
 
-    def __init__(
-        self, network: httpcore.NetworkBackend, addresses: tuple[str, ...], deadline: _Deadline
-    ):
-        self._network = network
+    def __init__(self, dial: Dial, addresses: tuple[str, ...], patience: _Patience):
+        self._dial = dial
         self._addresses = addresses
-        self._deadline = deadline
+        self._patience = patience
 
     def connect_tcp(
         self,
@@ -194,38 +250,53 @@ class _Pinned(httpcore.NetworkBackend):
         """The first address that accepts. Each but the last leaves time for those behind it."""
         *others, last = self._addresses
         for index, address in enumerate(others):
-            left_s = self._deadline.wait_s(httpcore.ConnectTimeout)
+            seconds = connect_s(self._patience.left_s(), len(others) - index)
             try:
-                return self._connect(
-                    address, port, min(CONNECT_S, left_s / (len(others) + 1 - index))
-                )
+                return self._connect(address, port, self._patience.for_at_most(seconds))
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue  # the last one's failure is told
-        return self._connect(last, port, self._deadline.wait_s(httpcore.ConnectTimeout))
+        return self._connect(last, port, self._patience)
 
-    def _connect(self, address: str, port: int, timeout_s: float) -> httpcore.NetworkStream:
-        stream = self._network.connect_tcp(address, port, timeout=timeout_s)
-        return _Timed(stream, self._deadline)
+    def _connect(self, address: str, port: int, patience: _Patience) -> httpcore.NetworkStream:
+        patience.check(httpcore.ConnectTimeout)
+        try:
+            connection = self._dial(address, port)
+        except OSError as exc:
+            raise httpcore.ConnectError(str(exc)) from exc
+        try:
+            patience.until_ready(connection, select.POLLOUT, httpcore.ConnectTimeout)
+            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise httpcore.ConnectError(os.strerror(code))
+        except BaseException:
+            connection.close()
+            raise
+        return _Stream(connection, self._patience)
 
 
-class _Timed(httpcore.NetworkStream):
-    """A connection on which no step lasts beyond the deadline, however many there are."""
+class _Stream(httpcore.NetworkStream):
+    """A connection on which no step outlasts the patience, however many there are.
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: _Deadline):
-        self._stream = stream
-        self._deadline = deadline
+    Its socket never blocks, with TLS or without: it is waited for in one place.
+    """
+
+    def __init__(self, connection: socket.socket, patience: _Patience):
+        self._socket = connection
+        self._patience = patience
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._deadline.wait_s(httpcore.ReadTimeout))
+        step = partial(self._socket.recv, max_bytes)
+        return self._done(step, select.POLLIN, httpcore.ReadTimeout, httpcore.ReadError)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        # The stream below gives every piece that the system takes a new time limit.
-        for start in range(0, len(buffer), _WRITE_BYTES):
-            piece = buffer[start : start + _WRITE_BYTES]
-            self._stream.write(piece, self._deadline.wait_s(httpcore.WriteTimeout))
+        left = memoryview(buffer)
+        while left:
+            step = partial(self._socket.send, left)
+            sent = self._done(step, select.POLLOUT, httpcore.WriteTimeout, httpcore.WriteError)
+            left = left[sent:]
 
     def close(self) -> None:
-        self._stream.close()
+        self._socket.close()
 
     def start_tls(
         self,
@@ -233,11 +304,41 @@ class _Timed(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        wait_s = self._deadline.wait_s(httpcore.ConnectTimeout)
-        return _Timed(self._stream.start_tls(ssl_context, server_hostname, wait_s), self._deadline)
+        try:
+            secure = ssl_context.wrap_socket(
+                self._socket, server_hostname=server_hostname, do_handshake_on_connect=False
+            )
+            self._socket = secure  # of the one before it nothing is left
+            self._done(
+                secure.do_handshake, select.POLLIN, httpcore.ConnectTimeout, httpcore.ConnectError
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        """Nothing: httpcore asks whether another version of HTTP was agreed on."""
+        return None
+
+    def _done(
+        self,
+        step: Callable[[], T],
+        events: int,
+        late: type[httpcore.TimeoutException],
+        broken: type[httpcore.NetworkError],
+    ) -> T:
+        """What `step` returns, once the socket is ready for it. events: that a socket without TLS
+        waits for."""
+        while True:
+            self._patience.check(late)  # also of a server that always has something to read
+            try:
+                return step()
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+                wanted = _EVENTS.get(type(exc), events)
+            except OSError as exc:
+                raise broken(str(exc)) from exc
+            self._patience.until_ready(self._socket, wanted, late)
 
 
 def _headers(target: Target, given: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -28,7 +28,14 @@ from worker.errors import (
     WorkerError,
 )
 from worker.protocol.messages import Reference
-from worker.storage.addresses import RETRY_AFTER_S, has_scheme, parse_url, shown_host
+from worker.storage.addresses import (
+    RETRY_AFTER_S,
+    ShouldStop,
+    has_scheme,
+    never,
+    parse_url,
+    shown_host,
+)
 from worker.storage.pinned import Answer, PinnedHttp
 
 BUCKETS = ("user-library", "workspace-temp")
@@ -53,10 +60,12 @@ class PictureLimits:
 class StorageReader(Protocol):
     """Where the clients keep their files."""
 
-    def read(self, bucket: str, path: str, max_bytes: int, timeout_s: float) -> bytes:
+    def read(
+        self, bucket: str, path: str, max_bytes: int, timeout_s: float, should_stop: ShouldStop
+    ) -> bytes:
         """An object, whole. path: its name, not encoded.
 
-        Raises ReferenceRefused, ReferenceTooLarge or ReferenceUnavailable.
+        Raises ReferenceRefused, ReferenceTooLarge, ReferenceUnavailable or Cancelled.
         """
         ...
 
@@ -80,13 +89,16 @@ class SupabaseObjects:
         self._headers = {"Authorization": f"Bearer {service_key}", "apikey": service_key}
         self._http = http
 
-    def read(self, bucket: str, path: str, max_bytes: int, timeout_s: float) -> bytes:
+    def read(
+        self, bucket: str, path: str, max_bytes: int, timeout_s: float, should_stop: ShouldStop
+    ) -> bytes:
         place = "/".join(quote(part, safe="") for part in _parts(f"{bucket}/{path}"))
         answer = self._http.get(
             f"{self._objects}/{place}",
             headers=self._headers,
             max_bytes=max_bytes,
             total_timeout_s=timeout_s,
+            should_stop=should_stop,
         )
         # The storage says 400 of an object that is not there.
         return _body(answer, self._host, "the object may be gone, or the service key wrong")
@@ -99,14 +111,16 @@ def fetch_picture(
     http: PinnedHttp,
     limits: PictureLimits,
     storage: StorageReader | None,
+    should_stop: ShouldStop = never,
 ) -> Reference:
     """Write `folder`/`role`.png, .jpg or .webp with the bytes that `source` gives.
 
     source: an http or https URL, or a path such as user-library/USER/x.png, which is read from
-    `storage`. Raises ReferenceRefused if it will not get better, ReferenceTooLarge with the
-    numbers, ReferenceUnavailable if it is worth another try.
+    `storage`. should_stop: asked several times a second. Raises ReferenceRefused if it will not get
+    better, ReferenceTooLarge with the numbers, ReferenceUnavailable if it is worth another try,
+    Cancelled when it should stop.
     """
-    data = _fetch(source, http, limits, storage)
+    data = _fetch(source, http, limits, storage, should_stop)
     extension = check_picture(data, limits.max_pixels)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{role}.{extension}"
@@ -145,7 +159,11 @@ def check_picture(data: bytes, max_pixels: int) -> str:
 
 
 def _fetch(
-    source: str, http: PinnedHttp, limits: PictureLimits, storage: StorageReader | None
+    source: str,
+    http: PinnedHttp,
+    limits: PictureLimits,
+    storage: StorageReader | None,
+    should_stop: ShouldStop,
 ) -> bytes:
     if source[:5].lower() == "data:":
         raise ReferenceRefused("data: URLs are not taken; upload the picture and send its URL")
@@ -155,6 +173,7 @@ def _fetch(
             headers=_ACCEPT,
             max_bytes=limits.max_bytes,
             total_timeout_s=limits.total_timeout_s,
+            should_stop=should_stop,
         )
         return _body(answer, shown_host(parse_url(source).host), "a signed URL may have expired")
     bucket, *parts = _parts(source)
@@ -163,7 +182,8 @@ def _fetch(
             "the picture is a path in the storage, and the storage is not configured: set "
             "SUPABASE_URL, and SUPABASE_SERVICE_KEY or SUPABASE_SERVICE_ROLE_KEY"
         )
-    return storage.read(bucket, "/".join(parts), limits.max_bytes, limits.total_timeout_s)
+    path = "/".join(parts)
+    return storage.read(bucket, path, limits.max_bytes, limits.total_timeout_s, should_stop)
 
 
 def _parts(path: str) -> list[str]:

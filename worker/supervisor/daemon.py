@@ -32,6 +32,7 @@ from worker.supervisor.budget import Budget, budget_of
 from worker.supervisor.child import Child
 from worker.supervisor.guests import BothWires, Guests
 from worker.supervisor.lender import Lender
+from worker.supervisor.logs import ChildLogs
 from worker.supervisor.spawn import Spawner, child_specs, guest_environment
 from worker.supervisor.standin import HttpStandIn
 from worker.supervisor.supervisor import Supervisor
@@ -91,14 +92,14 @@ class _Daemon:
         self._on_card = budget.process_bytes > 0
         self._lender = Lender(Broker(budget.total_bytes), budget.process_bytes, self._wire.send)
         known = {**guest_environment(settings), **environment, **absolute}
-        spawner = Spawner(settings.state_dir / "logs", known)
+        self._logs = ChildLogs(settings.state_dir / "logs")
         self._supervisor = Supervisor(
             specs,
-            spawner,
+            Spawner(self._logs, known),
             BothWires(self._wire, self._guests, list(guests)),
             HttpStandIn(settings.server.host),
             _EngineMemory(self._lender, self._wire),
-            spawner.last_words,
+            self._logs.last_words,
             settings.daemon.grace_s,
             settings.daemon.kill_after_s,
             time.monotonic,
@@ -133,6 +134,7 @@ class _Daemon:
             self._guests.close()
             self._control.close()
             self._wire.close()
+            self._logs.close()
             _remove_run_dir(self._settings.state_dir)
         return bool(self._supervisor.drained)
 

@@ -6,27 +6,46 @@ profile's chat models loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from worker.catalog import ModelSpec, chat_catalog, media_catalog, preload_ids
 from worker.config import Settings
-from worker.errors import OutOfRange, Unsupported
-from worker.jobs.types import JOB_TYPES, MIN_SIDE, SIZE_STEP, SPELLINGS, JobType
-from worker.protocol.messages import Acquire, Declare, PhasePlan, PhaseWays, TenantSpec, Way
+from worker.errors import Unsupported
+from worker.jobs.decode import decode_job
+from worker.jobs.types import JOB_TYPES, SPELLINGS
+from worker.protocol.messages import Acquire, Declare, PhasePlan, RenderParams, TenantSpec
 from worker.supervisor.budget import ENGINES, Budget
 from worker.supervisor.check import gib
 from worker.vram.broker import Broker
 from worker.vram.dryrun import dry_run
-from worker.vram.phases import Shape
-from worker.vram.planner import Sizer
+from worker.vram.jobplan import JobPlanner
+from worker.vram.phases import Adapters
+from worker.vram.planner import HOST_PHASE, Sizer, chat_phase
 from worker.vram.sizes import Peaks
+from worker.vram.tokenizers import Tokenizers
 
 CHAT = "chat"
+_PICTURE = "https://picture.invalid/"  # nobody opens it
+# What a picture can be for, by what is made with it: as a client asks for it.
+REFERENCES: dict[str, dict[str, dict[str, Any]]] = {
+    "image": {
+        "image": {"reference_image_url": _PICTURE},
+        "copy": {"reference_image_url": _PICTURE, "exact_copy_mode": True},
+        "style": {"reference_image_url": _PICTURE, "reference_type": "style"},
+        "character": {"reference_image_url": _PICTURE, "reference_type": "character"},
+    },
+    "video": {
+        "image": {"image": _PICTURE},
+        "first": {"first_frame": _PICTURE},
+        "last": {"last_frame": _PICTURE},
+        "both": {"first_frame": _PICTURE, "last_frame": _PICTURE},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +57,9 @@ class Asked:
     frames: int | None = None
     images: int | None = None
     exactness: str | None = None  # the least that will do
+    reference: str | None = None  # what a picture is for, a key of REFERENCES
+    loras: tuple[str, ...] = ()  # ids
+    jobs: int | None = None  # that share a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,7 @@ class PlannedJob:
     model: str
     shape: str
     phases: tuple[PhasePlan, ...]
+    brings: str = ""  # beside the model's own parts
 
     @property
     def fits(self) -> bool:
@@ -63,21 +86,24 @@ class Planner:
         self._chat, self._media = chat_catalog(settings), media_catalog(settings)
         self._budget = budget
         self._device = "cpu" if budget.process_bytes == 0 else "cuda"
-        self.sizer = Sizer(
+        self._sizer = Sizer(
             peaks or Peaks(settings.state_dir), self._device,
             kv_bytes=settings.chat.kv_bytes, max_running=settings.chat.max_running,
         )  # fmt: skip
+        self._jobs = JobPlanner(
+            self._sizer, Tokenizers(settings.state_dir),
+            long_prompts=settings.media.long_prompts, most_pictures=settings.limits.images,
+        )  # fmt: skip
 
     def ask(self, asked: Asked) -> list[PlannedJob]:
-        """Raises Unsupported or OutOfRange, with what would do, for a job that is not taken."""
-        sized = (asked.size, asked.frames, asked.images) != (None, None, None)
-        if asked.job in (None, CHAT) and sized:
-            raise Unsupported("a size or a number needs --job with a type that has them")
-        jobs = [asked.job] if asked.job else [CHAT, *self._kinds_served()]
-        made = [self._resolved(job, asked) for job in jobs]
-        return [self._planned(*one, asked) for one in made]
-
-    # --- what is asked -------------------------------------------------------------------------
+        """Raises what such a job is refused with, and Unsupported for what it has no use for."""
+        if asked.job in (None, CHAT):
+            if asked != Asked(job=asked.job, exactness=asked.exactness):
+                raise Unsupported("all but --exactness needs --job with a type of images or videos")
+            jobs = [CHAT] if asked.job else [CHAT, *self._kinds_served()]
+        else:
+            jobs = [str(asked.job)]
+        return [self._of_chat() if job == CHAT else self._of_job(job, asked) for job in jobs]
 
     def _kinds_served(self) -> list[str]:
         served = {spec.kind for spec in self._media.specs}
@@ -89,59 +115,32 @@ class Planner:
             if kind in served
         ]  # fmt: skip
 
-    def _resolved(self, job: str, asked: Asked) -> tuple[str, ModelSpec, Shape | None]:
-        if job == CHAT:
-            return job, self._chat.default("chat"), None
-        name = SPELLINGS.get(job, job)
-        if name not in JOB_TYPES:
+    def _of_chat(self) -> PlannedJob:
+        spec = self._chat.default("chat")
+        made = dry_run(
+            self._at_start(), ENGINES[0], self._chat_tenants(spec), [chat_phase(spec.id)], 0.0
+        )
+        return PlannedJob(CHAT, spec.id, "", tuple(made))
+
+    def _of_job(self, name: str, asked: Asked) -> PlannedJob:
+        if SPELLINGS.get(name, name) not in JOB_TYPES:
             known = ", ".join([CHAT, *JOB_TYPES, *SPELLINGS])
-            raise Unsupported(f"there is no job type {job}; known: {known}")
-        kind: JobType = JOB_TYPES[name]
-        spec = self._media.default(kind.kind)
-        width, height = asked.size or spec.default_size
-        self._check(spec, width, height)
-        frames = 1
-        if kind.output != "video" and asked.frames is not None:
-            raise Unsupported(f"{name} makes a picture; it has no number of frames")
-        most = self._settings.limits.images if kind.kind == "sdxl" else 1
-        if asked.images is not None and not 1 <= asked.images <= most:
-            raise OutOfRange(f"images {asked.images}: {name} makes 1 to {most}")
-        if kind.output == "video":
-            frames = spec.default_frames if asked.frames is None else asked.frames
-            if (frames - 1) % 4 or not 1 <= frames <= self._settings.limits.frames:
-                raise OutOfRange(
-                    f"frames {frames}: a video has 4n+1 of them, "
-                    f"at most {self._settings.limits.frames}"
-                )
-        return name, spec, Shape(width, height, frames, guided=kind.guidance_scale > 1)
-
-    def _check(self, spec: ModelSpec, width: int, height: int) -> None:
-        step, least = SIZE_STEP[spec.kind], MIN_SIDE[spec.kind]
-        limits = self._settings.limits
-        most = limits.image_pixels if spec.kind == "sdxl" else limits.video_pixels
-        if width % step or height % step or min(width, height) < least:
-            raise OutOfRange(
-                f"size {width}x{height}: both sides are multiples of {step} from {least} on"
-            )
-        if width * height > most:
-            raise OutOfRange(f"size {width}x{height}: more than the profile's {most} pixels")
-
-    # --- what comes of it ----------------------------------------------------------------------
-
-    def _planned(self, job: str, spec: ModelSpec, shape: Shape | None, asked: Asked) -> PlannedJob:
-        if shape is None:
-            holder, tenants = ENGINES[0], self._chat_tenants(spec)
-            way = Way(name="whole", tenants=tuple(one.id for one in tenants), peak_bytes=0)
-            phases: Sequence[PhaseWays] = [PhaseWays(name="answer", ways=(way,))]
-        else:
-            holder, tenants = ENGINES[1], self.sizer.media_tenants(spec)
-            phases = self.sizer.media_phases(
-                spec, shape, steps=JOB_TYPES[job].steps,
-                images=asked.images or 1,
-                exactness=asked.exactness or self._settings.media.exactness,
-            )  # fmt: skip
-        made = dry_run(self._at_start(), holder, tenants, phases, 0.0)
-        return PlannedJob(job, spec.id, _shape_text(shape, asked.images), tuple(made))
+            raise Unsupported(f"there is no job type {name}; known: {known}")
+        job = decode_job(
+            _body(name, asked), self._media, self._settings.limits, self._settings.media.exactness
+        )
+        if job.ignored:
+            raise Unsupported(f"{job.type} has no use for {', '.join(job.ignored)}")
+        spec, jobs = self._media.find(job.model), asked.jobs or 1
+        adapters = self._jobs.adapters(spec, job.params)
+        made = dry_run(
+            self._at_start(), ENGINES[1], self._jobs.tenants(spec),
+            self._jobs.phases(spec, job.params, job.exactness, jobs), 0.0,
+        )  # fmt: skip
+        return PlannedJob(
+            job.type, spec.id, _shape_text(job.params, jobs),
+            tuple(one for one in made if one.name != HOST_PHASE), _brings(adapters),
+        )  # fmt: skip
 
     def _at_start(self) -> Broker:
         """The ledger once the chat models of the profile are loaded."""
@@ -153,18 +152,18 @@ class Planner:
             take = partial(broker.take, ENGINES[0], now=0.0)
             take(message=Declare(epoch=epochs[ENGINES[0]], model=spec.id, tenants=tenants))
             if spec.id in loaded:
-                way = Way(name="whole", tenants=tuple(one.id for one in tenants), peak_bytes=0)
+                phase = chat_phase(spec.id)
                 take(
                     message=Acquire(
-                        epoch=epochs[ENGINES[0]], number=number, request_id="start", phase=CHAT,
-                        ways=(way,), standing=True,
+                        epoch=epochs[ENGINES[0]], number=number, request_id="start",
+                        phase=phase.name, ways=phase.ways, standing=True,
                     )
                 )  # fmt: skip
         broker.finish_all()
         return broker
 
     def _chat_tenants(self, spec: ModelSpec) -> tuple[TenantSpec, ...]:
-        return self.sizer.chat(spec).tenants(spec, host_copy=self._device != "cpu")
+        return self._sizer.chat(spec).tenants(spec, host_copy=self._device != "cpu")
 
 
 def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bool:
@@ -182,7 +181,7 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
     for row in rows:
         for index, phase in enumerate(row.phases):
-            job = (f"{row.job} {row.shape}", row.model, "")[min(index, 2)]
+            job = (f"{row.job} {row.shape}", row.model, row.brings, "")[min(index, 3)]
             table.add_row(job, *_cells(phase), end_section=index == len(row.phases) - 1)
     console.print(table)
     for row in rows:
@@ -198,17 +197,18 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
 
 
 _COLUMNS = ("job", "phase", "way", "parts", "pass", "left free", "what moves", "extra s", "result")
-_NUMBERS = ("parts", "pass", "left free", "extra s")
+_NUMBERS = ("pass", "left free", "extra s")
 
 
 def _cells(phase: PhasePlan) -> tuple[str, ...]:
     if phase.refused is not None:
         return phase.name, phase.way, "", gib(phase.peak_bytes), "", "", "", "does not fit"
     moves = [f"{one['move']} {one['tenant']} {gib(one['bytes'])}" for one in phase.moves]
+    names = [one.split(".", 1)[1] for one in phase.tenants]
     return (
         phase.name,
         phase.way,
-        gib(phase.tenants_bytes),
+        " + ".join(names) + f" {gib(phase.tenants_bytes)}" if names else "none",
         gib(phase.peak_bytes),
         gib(phase.free_bytes),
         "\n".join(moves) or "nothing",
@@ -217,9 +217,39 @@ def _cells(phase: PhasePlan) -> tuple[str, ...]:
     )
 
 
-def _shape_text(shape: Shape | None, images: int | None) -> str:
-    if shape is None:
-        return ""
-    frames = f"x{shape.frames}" if shape.frames > 1 else ""
-    count = f", {images} images" if images else ""
-    return f"{shape.width}x{shape.height}{frames}{count}"
+def _body(name: str, asked: Asked) -> dict[str, Any]:
+    """As a client would send it. Without a text, so that no file of a model need be there."""
+    body: dict[str, Any] = {"type": name, "prompt": ""}
+    if asked.size is not None:
+        body |= {"width": asked.size[0], "height": asked.size[1]}
+    if asked.reference is not None:
+        kind = JOB_TYPES[SPELLINGS.get(name, name)].output
+        choices = REFERENCES[kind]
+        if asked.reference not in choices:
+            raise Unsupported(
+                f"{name} takes no reference {asked.reference}; an {kind} takes one of "
+                f"{', '.join(choices)}"
+            )
+        body |= choices[asked.reference]
+    numbers = {"frames": asked.frames, "num_images": asked.images, "exactness": asked.exactness}
+    loras = [{"id": one} for one in asked.loras]
+    return (
+        body
+        | {key: value for key, value in numbers.items() if value is not None}
+        | ({"loras": loras} if loras else {})
+    )
+
+
+def _shape_text(params: RenderParams, jobs: int) -> str:
+    frames = f"x{params.frames}" if params.frames > 1 else ""
+    count = f", {params.num_images} images" if params.num_images > 1 else ""
+    batch = f", {jobs} jobs in a batch" if jobs > 1 else ""
+    mode = f", {params.mode}" if params.mode != "text" else ""
+    return f"{params.width}x{params.height}{frames}{count}{mode}{batch}"
+
+
+def _brings(adapters: Adapters) -> str:
+    """In words, with bytes; they lie beside the parts and are counted to the pass."""
+    both = {"denoiser": adapters.denoiser_bytes, "encoders": adapters.encoder_bytes}
+    named = [f"{gib(size)} for the {part}" for part, size in both.items() if size]
+    return f"brings {', '.join(named)}" if named else ""

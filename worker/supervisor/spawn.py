@@ -1,18 +1,17 @@
-"""Starting children: their command lines, environments and log files."""
+"""Starting children: their command lines and environments."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from worker.config import KEY_NAMES, REPOSITORY, Settings
 from worker.lifeline import PARENT_VARIABLE
 from worker.supervisor.child import ChildSpec
+from worker.supervisor.logs import ChildLogs
 
-MAX_LOG_BYTES = 10 << 20
 # Engines run models on files; no secret of the pod is any of their business.
 _NOT_FOR_ENGINES = (
     *KEY_NAMES,
@@ -71,43 +70,29 @@ def guest_environment(settings: Settings) -> dict[str, str]:
 
 
 class Spawner:
-    """Starts processes whose output goes to one log file each."""
+    """Starts processes whose output goes to their logs."""
 
-    def __init__(self, logs: Path, environment: Mapping[str, str]):
+    def __init__(self, logs: ChildLogs, environment: Mapping[str, str]):
         self._logs = logs
         self._environment = dict(environment)
-        logs.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
         """Must be called on the main thread: the kernel ends a child with the thread that made it
         (worker/lifeline.py)."""
-        path = self.log_path(spec.name)
-        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        with path.open("ab") as log:
+        output = self._logs.open(spec.name)
+        try:
             return subprocess.Popen(
                 [sys.executable, *spec.arguments],
                 cwd=REPOSITORY,
                 env=child_environment(self._environment, is_engine=spec.is_engine),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C in the terminal is for the orchestrator alone; it ends them in order.
                 start_new_session=True,
             )
-
-    def log_path(self, name: str) -> Path:
-        return self._logs / f"{name.replace(' ', '-')}.log"
-
-    def last_words(self, name: str) -> str:
-        """The last line of a child's log that tells of an error, shortened."""
-        try:
-            with self.log_path(name).open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-                lines = file.read().decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
-        return pick_cause(lines)
+        finally:
+            os.close(output)
 
 
 def child_environment(environment: Mapping[str, str], *, is_engine: bool) -> dict[str, str]:
@@ -123,15 +108,3 @@ def child_environment(environment: Mapping[str, str], *, is_engine: bool) -> dic
         "PYTHONUNBUFFERED": "1",
         **_OFFLINE,
     }
-
-
-def pick_cause(lines: Sequence[str]) -> str:
-    """The line that says why, of the last lines of a log: the last exception or error. Pure."""
-    for line in reversed(lines):
-        text = line.strip()
-        if " CRITICAL " in text or " ERROR " in text or text.startswith(("Error:", "error:")):
-            return text.split("] ", 1)[-1][:300]
-        head = text.split(":", 1)[0]
-        if head.replace(".", "").replace("_", "").isalnum() and head.endswith(("Error", "Exit")):
-            return text[:300]
-    return ""

@@ -48,14 +48,22 @@ def dry_run(
     made = []
     for number, phase in enumerate(phases, 1):
         asked = Acquire(
-            epoch=epoch, number=-number, request_id=PLAYER, phase=phase.name, ways=phase.ways
+            epoch=epoch, number=-number, request_id=PLAYER, phase=phase.name, ways=phase.ways,
+            least_bytes=phase.least_bytes,
+        )  # fmt: skip
+        played = _play(copy, holder, asked, now) if phase.ways else _on_the_host(copy, phase.name)
+        work_s = broker.paces.estimate(
+            phase.model, phase.name, phase.pixels, phase.work, played.way
         )
-        played = _play(copy, holder, asked, now)
-        work_s = broker.paces.estimate(phase.model, phase.name, phase.pixels, phase.work)
         made.append(msgspec.structs.replace(played, work_s=work_s))
         if played.refused is not None:
             break
     return made
+
+
+def _on_the_host(broker: Broker, name: str) -> PhasePlan:
+    free_bytes = broker.ledger.free_bytes
+    return PhasePlan(name=name, way="host", exactness="bit", peak_bytes=0, free_bytes=free_bytes)
 
 
 def _play(broker: Broker, holder: str, asked: Acquire, now: float) -> PhasePlan:
@@ -121,6 +129,7 @@ def _granted(
         name=asked.phase,
         way=way.name,
         exactness=way.exactness,
+        tenants=way.tenants,
         tenants_bytes=sum(granted.held_bytes.values()),
         peak_bytes=way.peak_bytes,
         free_bytes=broker.ledger.free_bytes,

@@ -19,6 +19,8 @@ class Question:
     tokens: int = 0
     batch: int = 1
     tiled: bool = False
+    split: bool = False  # the batch goes through in two halves, one after the other
+    cast: bool = False  # a denoiser whose weights lie in eight bits (worker/engine/casting.py)
     rank: int = 0  # of LoRAs that are added to every layer; 0: none are
     picture_tokens: int = 0  # that an IP-Adapter lets a denoiser read; 0: it has none
 
@@ -28,5 +30,7 @@ class Peak:
     """The answer, in bytes."""
 
     weight_bytes: int  # parameters and buffers
-    streamed_bytes: int  # of the weights, with one block there at a time; all where it has none
+    parked_bytes: int  # the same in one buffer of ours (worker/engine/parking.py)
+    streamed_bytes: int  # of those, with one block there at a time; all where it has none
     peak_bytes: int  # everything else that is alive at the worst moment, inputs included
+    cast_bytes: int = 0  # of a denoiser's parked ones, if they were cast; 0: it is none

@@ -16,6 +16,11 @@ from worker.vram.peak import Question
 # others stall less while a long prompt is computed.
 PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 BLOCK_TOKENS = 16  # of a KV pool's block
+PAGE_TOKENS = 256  # of one that a card's attention reads by itself (docs/decisions/0015)
+# Passes of these shapes a card records and replays (worker/engine/chat/graphs.py): prompts, with
+# what decodes beside them, of so many tokens; and decoding alone in `row_buckets`.
+TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512)
+GRAPH_BYTES = 8 << 20  # of the driver for one of them: an estimate, not measured
 # Which measurement each part of a WAN model takes (worker/engine/peaks.py); SDXL's have its names.
 VIDEO_PARTS = {
     "text_encoder": "umt5",
@@ -27,6 +32,7 @@ VIDEO_SHARE = 4  # frames of a video, after the first one, that a latent frame h
 VIDEO_TEXT_TOKENS = 512  # of a text of WAN, whatever its length
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
+DENOISERS = ("unet", "transformer", "vace")  # parts whose weights may lie in eight bits
 PIECE_TOKENS = 77  # of a text that an image's text encoders read at once, begin and end included
 
 Configs = Mapping[str, Mapping[str, Any]]  # config.json by part
@@ -63,7 +69,8 @@ class Shape:
 
     @property
     def pixels(self) -> int:
-        return self.width * self.height * self.frames
+        """Of all latent frames, which is what its seconds grow with."""
+        return self.width * self.height * (1 + (self.frames - 1) // VIDEO_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +79,36 @@ class Phase:
 
     name: str
     parts: tuple[str, ...]  # of the model, that compute and have to be on the device together
-    # One for each part, in any order; the greatest peak is the phase's.
+    # One for each part, in their order; the greatest peak is the phase's.
     passes: tuple[Question, ...]
     # A part that is held in another type meanwhile: (as it lies, as it computes).
     converted: tuple[Question, Question] | None = None
     beside_bytes: int = 0  # that lie there meanwhile and are no pass's
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return (*self.passes, *(self.converted or ()))
+
+
+def forms(phase: Phase, exactness: str) -> dict[str, Phase]:
+    """A phase `whole`, and as it computes in the other ways that `exactness` allows, by name.
+
+    exactness: the least that will do.
+    """
+
+    def changed(**how: Any) -> Phase:
+        """Its first pass is the denoiser's, or the decode's only one."""
+        first, *others = phase.passes
+        return replace(phase, passes=(replace(first, **how), *others))
+
+    found = {"whole": phase}
+    if phase.name == "decode" and exactness != "bit":
+        found["tiled"] = changed(tiled=True)
+    if phase.name == "denoise" and exactness != "bit" and phase.passes[0].batch > 1:
+        found["split"] = changed(split=True)
+    if phase.name == "denoise" and exactness == "lossy":
+        found["quantised"] = changed(cast=True)
+    return found
 
 
 def image_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
@@ -170,6 +202,29 @@ def video_phases(configs: Configs, dtype: str, shape: Shape) -> list[Phase]:
     ]
 
 
+def reads_pages(device: str, dtype: str, head_size: int) -> bool:
+    """Whether a pool's blocks are pages for FlashAttention. device: cpu | cuda."""
+    return (
+        device == "cuda"
+        and dtype in ("bfloat16", "float16")
+        and head_size % 8 == 0
+        and head_size <= 256
+    )
+
+
+def block_tokens(device: str, dtype: str, head_size: int) -> int:
+    """Tokens of a block of a chat model's pool."""
+    return PAGE_TOKENS if reads_pages(device, dtype, head_size) else BLOCK_TOKENS
+
+
+def row_buckets(rows: int) -> tuple[int, ...]:
+    """Sequences of the decoding passes that are recorded. rows: in a pass, at most."""
+    powers = [2]
+    while powers[-1] < rows:
+        powers.append(powers[-1] * 2)
+    return (*powers[:-1], max(2, rows))
+
+
 def chat_phases(config: Mapping[str, Any], dtype: str, device: str, rows: int) -> list[Phase]:
     """Of a chat model. device: cpu | cuda; rows: sequences in a pass, at most."""
 
@@ -180,3 +235,19 @@ def chat_phases(config: Mapping[str, Any], dtype: str, device: str, rows: int) -
         Phase("prefill", ("weights",), (ask(PASS_TOKENS[device]),)),
         Phase("decode", ("weights",), (ask(rows),)),
     ]
+
+
+def graph_phase(config: Mapping[str, Any], dtype: str, rows: int, block_bytes: int) -> Phase:
+    """What recorded passes hold for themselves beside every other: the memory of the largest, its
+    logits once more, a block that padding is written to, and the driver's own.
+
+    rows: sequences in a pass, at most. block_bytes: of the pool.
+    """
+    buckets = row_buckets(rows)
+    largest = Question(
+        part="chat", config=dict(config), dtype=dtype, batch=rows,
+        tokens=max(TOKEN_BUCKETS[-1], buckets[-1]),
+    )  # fmt: skip
+    logits = rows * int(config["vocab_size"]) * WIDTHS[dtype]
+    driver = (len(buckets) + len(TOKEN_BUCKETS)) * GRAPH_BYTES
+    return Phase("graphs", ("weights",), (largest,), beside_bytes=logits + block_bytes + driver)

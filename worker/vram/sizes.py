@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,16 +117,19 @@ class Peaks:
             partial.replace(self._path)
         return [self._known[key] for key in map(content_key, questions)]
 
-    def of_phase(self, phase: Phase, *, tiled: bool = False) -> int:
-        """Bytes that a phase takes beside its parts. tiled: with a tiled VAE."""
-        passes = [replace(one, tiled=True) for one in phase.passes] if tiled else phase.passes
-        converted = phase.converted or ()
-        answers = self.ask([*passes, *converted])
-        peak = max(answer.peak_bytes for answer in answers[: len(passes)])
+    def of_phase(self, phase: Phase) -> int:
+        """Bytes that a phase takes beside its parts."""
+        answers = self.ask(phase.questions)
+        peak = max(answer.peak_bytes for answer in answers[: len(phase.passes)])
         if phase.converted:
-            before, after = answers[len(passes) :]
+            before, after = answers[len(phase.passes) :]
             peak += max(0, after.weight_bytes - before.weight_bytes)
         return peak + phase.beside_bytes
+
+    def of_phases(self, phases: Mapping[str, Phase]) -> dict[str, int]:
+        """The same of several, by name; what is not known of them is measured together."""
+        self.ask([question for phase in phases.values() for question in phase.questions])
+        return {name: self.of_phase(phase) for name, phase in phases.items()}
 
     def _read(self) -> dict[str, Peak]:
         try:

@@ -1,8 +1,8 @@
 """Which blocks of the KV pool hold what: pure bookkeeping, no tensor.
 
-A block is BLOCK_TOKENS consecutive tokens of one sequence. Full blocks are named by the hash of
-all tokens up to their end, so sequences that begin alike share them, and a block that no sequence
-uses any more stays as cache until its place is needed.
+A block is some consecutive tokens of one sequence, BLOCK_TOKENS where nothing is said. Full blocks
+are named by the hash of all tokens up to their end, so sequences that begin alike share them, and a
+block that no sequence uses any more stays as cache until its place is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from worker.vram.phases import BLOCK_TOKENS as BLOCK_TOKENS
 
 
 def block_names(
-    ids: Sequence[int], known: Sequence[bytes] = (), *, kind: bytes = b""
+    ids: Sequence[int],
+    known: Sequence[bytes] = (),
+    *,
+    kind: bytes = b"",
+    block_tokens: int = BLOCK_TOKENS,
 ) -> list[bytes]:
     """A name for each full block of `ids`: the hash of its tokens and of all before it.
 
@@ -25,16 +29,16 @@ def block_names(
     show one user's prompt to another's request.
     """
     names = list(known)
-    for begin in range(len(names) * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+    for begin in range(len(names) * block_tokens, len(ids) - block_tokens + 1, block_tokens):
         before = names[-1] if names else kind
-        tokens = array("q", ids[begin : begin + BLOCK_TOKENS]).tobytes()
+        tokens = array("q", ids[begin : begin + block_tokens]).tobytes()
         names.append(blake2b(before + tokens, digest_size=16).digest())
     return names
 
 
-def blocks_for(tokens: int) -> int:
+def blocks_for(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
     """How many blocks hold that many tokens."""
-    return -(-tokens // BLOCK_TOKENS)
+    return -(-tokens // block_tokens)
 
 
 class BlockPool:
@@ -45,8 +49,9 @@ class BlockPool:
     `pinned` when there is no other.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, block_tokens: int = BLOCK_TOKENS):
         self.count = count
+        self.block_tokens = block_tokens
         self._free = list(range(count - 1, -1, -1))  # lowest number first out
         self._users: dict[int, int] = {}  # used block -> sequences that use it
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first

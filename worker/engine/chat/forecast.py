@@ -12,6 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 SMOOTHING = 0.1  # weight of a new observation
+KEPT_ANSWERS = 32
+SPREAD = 1.25  # of what is told to last so long, up and down
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One that is over."""
+
+    tokens: int
+    allowed: int
+    seconds: float  # from its first pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +32,7 @@ class Pace:
     pass_s: float = 0.0  # a pass that decodes; 0: none was seen
     prompt_token_s: float = 0.0  # what a token of a prompt adds to a pass
     share: float = 1.0  # of the tokens that were allowed, how many came; 0 to 1
+    answers: tuple[Answer, ...] = ()  # the last ones
 
     def after_pass(self, seconds: float, prompt_tokens: int) -> Pace:
         """With one more pass, which took `seconds`."""
@@ -29,9 +41,13 @@ class Pace:
         each = max(0.0, seconds - self.pass_s) / prompt_tokens
         return replace(self, prompt_token_s=_smoothed(self.prompt_token_s, each))
 
-    def after_answer(self, tokens: int, allowed: int) -> Pace:
-        """With one more answer, of `tokens` where `allowed` were."""
-        return replace(self, share=_smoothed(self.share, tokens / allowed))
+    def after_answer(self, answer: Answer) -> Pace:
+        """With one more."""
+        return replace(
+            self,
+            share=_smoothed(self.share, answer.tokens / answer.allowed),
+            answers=(*self.answers, answer)[-KEPT_ANSWERS:],
+        )
 
 
 def _smoothed(before: float, new: float) -> float:
@@ -51,6 +67,23 @@ class Work:
 class Forecast:
     first_end_s: float = 0.0  # until the first running request ends; 0 where nothing runs
     begin_s: float = 0.0  # until a request that came now would begin
+
+
+def answer_span(pace: Pace, prompt_tokens: int, allowed: int) -> tuple[float, float] | None:
+    """Seconds that one answer takes, (from, to): as few and as many tokens as the last ones had, as
+    quick and as slow. None while there was none.
+
+    prompt_tokens: still to compute. Answers that used up what they were allowed say only that the
+    next one may do so too.
+    """
+    if not pace.answers:
+        return None
+    token_s = [one.seconds / one.tokens for one in pace.answers]
+    tokens = [one.tokens for one in pace.answers]
+    most = allowed if any(one.tokens >= one.allowed for one in pace.answers) else max(tokens)
+    low = min(*tokens, allowed) * min(token_s)
+    high = prompt_tokens * pace.prompt_token_s + min(most, allowed) * max(token_s)
+    return low / SPREAD, high * SPREAD
 
 
 def forecast(running: Sequence[Work], waiting: Sequence[Work], places: int, pace: Pace) -> Forecast:

@@ -34,12 +34,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 class Forward:
     """One model's forward. Called on the engine thread; compiled on a thread of its own."""
 
-    def __init__(self, name: str, model: Any):
-        """name: for the log. model: loaded with the attention implementation `attention.NAME`."""
+    def __init__(self, name: str, model: Any, device: torch.device):
+        """name: for the log. model: loaded with the attention implementation `attention.NAME`.
+        device: on which it computes."""
         assert model.config._attn_implementation == NAME
         self._name = name
         # The compiler keeps what it made by code object, and what it made is this model's.
         self._run: _Run = _of_its_own(_run, model)
+        self._device = device
         self._compiled: _Run | None = None  # set once, by the compiling thread
         self._thread: threading.Thread | None = None
 
@@ -98,7 +100,8 @@ class Forward:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         if sys.platform == "linux":  # elsewhere a priority is the whole process's
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        kernels.load(cache)
+        if self._device.type == "cpu":
+            kernels.load(cache)
         import torch._inductor.config
 
         # The compiler's own processes would be copies of this one, with all it holds.
@@ -112,7 +115,7 @@ class Forward:
                 "guard_filter_fn": _guards_of_inputs,
             },
         )
-        with torch.inference_mode(), computing(Rehearsal()):
+        with torch.inference_mode(), computing(Rehearsal()), self._device:
             ids, positions, kept = torch.arange(1, 8)[None], torch.arange(7)[None], torch.arange(3)
             for tensor, dim in ((ids, 1), (positions, 1), (kept, 0)):
                 torch._dynamo.mark_dynamic(tensor, dim)

@@ -1,4 +1,5 @@
-"""A model's place on the device: its lease, and how far its weights and its KV pool are there."""
+"""A model's place on the device: its lease, how far its weights and its KV pool are there, and the
+question for a larger pool."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from worker.vram.ways import tenant_id
 class Lane:
     """Owner of one model's standing lease. Engine thread only.
 
-    It is away, asked for, granted, or here; `leaving` when it is to go once nothing runs.
+    It is away, asked for, granted, or here; `leaving` when it is to go once nothing runs. While it
+    is here and its pool is shrunk, more room may be asked for.
     """
 
     def __init__(
@@ -32,13 +34,14 @@ class Lane:
         self.spec = spec
         self.here = False
         self.here_since = float("-inf")
-        self.leaving = False
         self.loading_since: float | None = None
         self._find_sizes = sizes
         self._leases = leases
         self._owner = owner
         self._host_copy = host_copy
         self._question: Question | None = None
+        self._room: Question | None = None
+        self._room_for = ("", 0)  # the request, and bytes of the pool
         self._sizes: ChatBytes | None = None
         self._told: set[str] = set()  # requests that wait for the question
 
@@ -61,6 +64,12 @@ class Lane:
         return self._sizes
 
     @property
+    def leaving(self) -> bool:
+        """It was asked to go, and has put that off until nothing runs."""
+        asked = (self._leases.is_wanted(tenant) for tenant in (self.weights, self.kv))
+        return any(order is not None for order in asked)
+
+    @property
     def granted(self) -> bool:
         """Its bytes are granted, and it is still to be brought."""
         return self._question is not None and self._question.granted is not None and not self.here
@@ -70,16 +79,16 @@ class Lane:
         """Asked for or granted, and not here."""
         return self._question is not None and not self.here
 
-    def want(self, request_id: str) -> None:
+    def want(self, request_id: str, pool_bytes: int = 0) -> None:
         """Ask for the device, once. Raises OutOfDeviceMemory when that was refused, and what
-        finding its sizes raises."""
+        finding its sizes raises.
+
+        pool_bytes: that the request is known to need of the pool; 0: the least will do.
+        """
         if self._question is None:
             self._declare()
             self._told = {request_id}
-            way = Way(name="whole", tenants=(self.weights, self.kv), peak_bytes=0)
-            self._question = self._leases.ask(
-                request_id, "chat", [way], priority=self.spec.priority, standing=True
-            )
+            self._question = self._ask(request_id, "chat", pool_bytes, standing=True)
         else:
             self.also(request_id)
         if self._question.refused is not None:
@@ -114,6 +123,38 @@ class Lane:
         self._leases.release(self._question, done=False)
         self._question = None
 
+    def want_room(self, request_id: str, pool_bytes: int) -> int | None:
+        """Ask for a pool of so many bytes at the least, once, while it is here; a question for
+        another request or number is taken back. Returns the bytes of the pool that was granted, to
+        be answered with `has_room`; None while it is waited for.
+
+        Raises OutOfDeviceMemory when it was refused.
+        """
+        if self._room_for != (request_id, pool_bytes):
+            self.give_up_room()
+        if self._room is None:
+            self._room = self._ask(request_id, "pool", pool_bytes)
+            self._room_for = (request_id, pool_bytes)
+        if self._room.refused is not None:
+            error, self._room = self._room.refused.error, None
+            raise OutOfDeviceMemory(f"{self.spec.id}: {error}")
+        granted = self._room.granted
+        return None if granted is None else granted.held_bytes[self.kv] - self.sizes.pass_peak
+
+    def has_room(self, pool_bytes: int) -> None:
+        """The pool was resized to what was granted, or, with 0 bytes, could not be."""
+        assert self._room is not None
+        held = pool_bytes + self.sizes.pass_peak if pool_bytes else 0
+        self._leases.brought(self._room, self.kv, held, 0.0)
+        self._leases.release(self._room, done=bool(pool_bytes))
+        self._room = None
+
+    def give_up_room(self) -> None:
+        """No request is too long for the pool any more."""
+        if self._room is not None:
+            self._leases.withdraw(self._room)
+            self._room = None
+
     def use(self, *, busy: bool, keep_alive_s: float | None = None) -> None:
         assert self._question is not None
         self._leases.use(self._question, busy=busy, keep_alive_s=keep_alive_s)
@@ -121,7 +162,8 @@ class Lane:
     def left(self) -> None:
         """The lease has ended, because one of its tenants is gone."""
         if self.here:
-            self.here = self.leaving = False
+            self.give_up_room()
+            self.here = False
             self._question = None
 
     def give_up(self) -> None:
@@ -129,6 +171,16 @@ class Lane:
         if self._question is not None and not self.here:
             self._leases.withdraw(self._question)
             self._question = None
+
+    def _ask(
+        self, request_id: str, phase: str, pool_bytes: int, *, standing: bool = False
+    ) -> Question:
+        least = {self.kv: pool_bytes + self.sizes.pass_peak} if pool_bytes else {}
+        way = Way(name="whole", tenants=(self.weights, self.kv), peak_bytes=0)
+        return self._leases.ask(
+            request_id, phase, [way],
+            priority=self.spec.priority, least_bytes=least, standing=standing,
+        )  # fmt: skip
 
     def _declare(self) -> None:
         if self._sizes is not None:

@@ -6,6 +6,7 @@ kernel then takes up to five times as long (scripts/bench_linear.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -70,13 +71,23 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack(model: Any) -> None:
+def pack(model: Any, read: Callable[[torch.Tensor | None], None] = lambda _one: None) -> None:
     """Replace every linear layer of a model on the CPU by a packed one.
+
+    read: called for each weight and bias before it is used, in the order in which they lie in
+    memory, which for a mapped file is the file's.
 
     A weight that nothing else uses is held once, as before. An output layer that is tied to the
     embedding becomes a second copy of it, because the embedding is read row by row.
     """
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
+    places = [
+        (child.weight.data_ptr(), number, module, name)
+        for number, module in enumerate(list(model.modules()))
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    ]
+    for _, _, module, name in sorted(places, key=lambda place: place[:2]):
+        plain = getattr(module, name)
+        read(plain.weight)
+        read(plain.bias)
+        setattr(module, name, PackedLinear(plain))

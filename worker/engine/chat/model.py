@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,28 @@ import torch
 from worker.catalog import ModelSpec
 from worker.engine.chat.attention import NAME as ATTENTION
 from worker.engine.chat.attention import PagedKV, register
-from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool
+from worker.engine.chat.cache import BlockPool, blocks_for
 from worker.engine.chat.forward import Forward
 from worker.engine.chat.grammar import Grammar, GrammarCompiler
+from worker.engine.chat.graphs import PassGraphs, can_record
 from worker.engine.chat.linear import can_pack, pack
 from worker.engine.chat.runner import Runner
 from worker.engine.chat.scheduler import Scheduler, TokenSequence
 from worker.engine.chat.template import Piece, Template, Text, find_template, plain_text
 from worker.engine.chat.tokenizer import ByteLevelTokenizer
+from worker.engine.chat.varlen import can_attend
+from worker.engine.chat.weights import WeightFiles
 from worker.engine.parking import Parked
 from worker.errors import ConfigError, ModelUnavailable
-from worker.modelfiles import combined_sha256, require_files, weight_bytes, weights_sha256
+from worker.modelfiles import (
+    combined_sha256,
+    require_files,
+    weight_bytes,
+    weight_files,
+    weights_sha256,
+)
 from worker.protocol.messages import ChatMessage
-from worker.vram.phases import PASS_TOKENS
+from worker.vram.phases import PASS_TOKENS, block_tokens, reads_pages
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +120,31 @@ class LanguageModel:
         kv_bytes: of the whole KV pool. max_running: sequences in one pass. parks: whether the
         weights are held in host memory too; None: as `parks` says for the device.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         require_files(spec)
         register()
         self.weights = f"sha256:{combined_sha256(weights_sha256(spec, state_dir))}"
         self.weight_bytes = weight_bytes(spec)
+        dtype = getattr(torch, spec.dtype)
+        parks = self.parks(device) if parks is None else parks
+        packs = not parks and device.type == "cpu" and can_pack(dtype)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                dtype=getattr(torch, spec.dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation=ATTENTION,
+            weights = WeightFiles(weight_files(spec))
+            if not packs or any(one.dtype != dtype for one in weights.tensors.values()):
+                weights.read_all()
+            config = AutoConfig.from_pretrained(
+                spec.path, local_files_only=True, trust_remote_code=False
             )
+            # What AutoModelForCausalLM does, which takes no weights that are there already.
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=weights.tensors, dtype=dtype,
+                attn_implementation=ATTENTION,
+            ).eval()  # fmt: skip
+            if packs:  # while they come: a slow volume leaves time for it
+                pack(model, weights.read)
+            if not parks:
+                _take_over(model, weights.read)
         except (OSError, ValueError, KeyError, RuntimeError) as exc:
             raise ModelUnavailable(f"{spec.id}: {spec.shown_path} does not load: {exc}") from exc
         config = model.config
@@ -133,36 +153,45 @@ class LanguageModel:
                 f"{spec.id}: some of its layers attend to a window only; this worker runs models "
                 "whose layers all see the whole text"
             )
-        dtype = getattr(torch, spec.dtype)
         shape = {
             "layers": config.num_hidden_layers,
             "heads": config.num_key_value_heads,
             "head_size": getattr(config, "head_dim", None)
             or config.hidden_size // config.num_attention_heads,
         }
-        self._block_bytes = PagedKV.block_bytes(**shape, dtype=dtype)
+        self.block_tokens = block_tokens(device.type, spec.dtype, shape["head_size"])
+        self._block_bytes = PagedKV.block_bytes(
+            **shape, dtype=dtype, block_tokens=self.block_tokens
+        )
         self._whole_blocks = kv_bytes // self._block_bytes
         if self._whole_blocks < 1:
             raise ModelUnavailable(
-                f"{spec.id}: [chat] kv_bytes is {kv_bytes}, and {BLOCK_TOKENS} tokens need "
+                f"{spec.id}: [chat] kv_bytes is {kv_bytes}, and {self.block_tokens} tokens need "
                 f"{self._block_bytes}"
             )
-        kv = PagedKV(**shape, blocks=0, dtype=dtype, device=device)
-        model = model.eval()
-        self._parked: Parked | None = None
-        if self.parks(device) if parks is None else parks:
-            self._parked = Parked(model, device, name=spec.id)
-        elif device.type == "cpu" and can_pack(dtype):
-            pack(model)
-        self.forward = Forward(spec.id, model)
-        self.runner = Runner(self.forward, kv)
-        self.pool = BlockPool(0)
+        kv = PagedKV(
+            **shape, blocks=0, dtype=dtype, device=device, block_tokens=self.block_tokens,
+            pages=reads_pages(device.type, spec.dtype, shape["head_size"])
+            and can_attend(
+                device, dtype, shape["heads"], config.num_attention_heads, shape["head_size"]
+            ),
+        )  # fmt: skip
+        self._parked = Parked(model, device, name=spec.id) if parks else None
+        self.forward = Forward(spec.id, model, device)
+        self.reader = reader
+        graphs = None
+        if kv.pages and can_record(config):
+            graphs = PassGraphs(
+                self.forward, kv, most_rows=max_running, vocabulary=config.vocab_size,
+                pages=blocks_for(self.context_tokens, self.block_tokens),
+            )  # fmt: skip
+        self.runner = Runner(self.forward, kv, graphs)
+        self.pool = BlockPool(0, self.block_tokens)
         self.scheduler = Scheduler(
             self.pool,
             max_running=max_running,
             pass_tokens=max(max_running, PASS_TOKENS[device.type]),
         )
-        self.reader = reader
 
     @staticmethod
     def parks(device: torch.device) -> bool:
@@ -186,10 +215,12 @@ class LanguageModel:
     def park(self) -> None:
         """The weights leave the device. Nothing runs."""
         assert self._parked is not None
+        self.runner.forget_graphs()
         self._parked.park()
 
     def close(self) -> None:
         """Nothing is to be given back but memory."""
+        self.runner.forget_graphs()
 
     @property
     def pool_bytes(self) -> int:
@@ -197,8 +228,16 @@ class LanguageModel:
 
     @property
     def needed_pool_bytes(self) -> int:
-        """That the longest of the sequences that have begun may take."""
-        return self.scheduler.most_blocks_begun * self._block_bytes
+        """That the longest may take of the sequences which have begun or have been given room."""
+        return self.scheduler.most_blocks_kept * self._block_bytes
+
+    def pool_bytes_for(self, sequence: TokenSequence) -> int:
+        """That a sequence may take."""
+        return sequence.most_blocks * self._block_bytes
+
+    @property
+    def whole_pool_bytes(self) -> int:
+        return self._whole_blocks * self._block_bytes
 
     def resize(self, pool_bytes: int) -> None:
         """Another size for the pool. Sequences that do not fit are parked, and come back."""
@@ -214,7 +253,9 @@ class LanguageModel:
         names: set[bytes] = set()
         for number, text in enumerate(system_prompts, 1):
             ids = self.reader.beginning(text)
-            sequence = TokenSequence(ids, 1, deterministic=deterministic)
+            sequence = TokenSequence(
+                ids, 1, deterministic=deterministic, block_tokens=self.block_tokens
+            )
             if len(ids) > self.context_tokens:
                 raise ModelUnavailable(
                     f"[chat] pinned_system_prompts: number {number} has {len(ids)} tokens, and "
@@ -224,30 +265,40 @@ class LanguageModel:
                 log.info("system prompt %d is not pinned while the pool is shrunk", number)
                 continue
             self.scheduler.add(sequence)
-            while sequence.computed < len(ids):
-                pieces = self.scheduler.plan().pieces
-                self.runner.run(pieces)
-                for piece in pieces:
-                    self.scheduler.computed(piece)
+            try:
+                while sequence.computed < len(ids):
+                    pieces = self.scheduler.plan().pieces
+                    self.runner.run(pieces)
+                    for piece in pieces:
+                        self.scheduler.computed(piece)
+            finally:
+                self.scheduler.remove(sequence)
             names |= set(sequence.names)
-            self.scheduler.remove(sequence)
         self.pool.pinned = frozenset(names)
 
     @property
     def context_tokens(self) -> int:
         """Tokens that one sequence may have: the model's, or as many as the whole KV pool holds.
         One that a shrunk pool does not hold waits until it has grown."""
-        return min(self.reader.context_tokens, self._whole_blocks * BLOCK_TOKENS)
+        return min(self.reader.context_tokens, self._whole_blocks * self.block_tokens)
 
     def describe(self) -> dict[str, Any]:
         return {
             "context_tokens": self.context_tokens,
-            "kv_tokens": self._whole_blocks * BLOCK_TOKENS,
+            "kv_tokens": self._whole_blocks * self.block_tokens,
             "tokenizer_sha256": self.reader.tokenizer.sha256,
             "template": self.reader.template.name,
             "template_sha256": self.reader.template.sha256,
             "weights": self.weights,
         }
+
+
+def _take_over(model: Any, read: Callable[[torch.Tensor], None]) -> None:
+    """Memory of their own for the weights that are not packed: no pass is to wait for a volume, or
+    to fail because a file was replaced."""
+    for one in model.parameters():
+        read(one)
+        one.data = one.data.clone()
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:

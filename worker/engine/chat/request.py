@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from worker.engine.chat.arrivals import too_late
 from worker.engine.chat.model import LanguageModel
 from worker.engine.chat.sampling import Sampler
 from worker.engine.chat.scheduler import TokenSequence
 from worker.engine.chat.stop import StopScanner
 from worker.engine.chat.tokenizer import TextDecoder
 from worker.engine.host import Ticket
-from worker.errors import ContextTooLong, InvalidRequest
+from worker.errors import ContextTooLong, InvalidRequest, OutOfDeviceMemory, WorkerError
 from worker.protocol.messages import Generate, Generated
 from worker.receipt import ids_sha256, messages_sha256, text_sha256
+
+
+def answer_tokens(prompt_tokens: int, max_tokens: int, context_tokens: int) -> int:
+    """That an answer may have at most. Raises InvalidRequest and ContextTooLong."""
+    if not prompt_tokens:
+        raise InvalidRequest("the prompt has no tokens, so there is nothing to continue")
+    room = context_tokens - prompt_tokens
+    if room < 1:
+        raise ContextTooLong(prompt_tokens=prompt_tokens, context_tokens=context_tokens)
+    return min(room, max_tokens)
 
 
 class Request:
@@ -29,16 +40,11 @@ class Request:
         self.arrived = arrived
         self.ends = arrived + message.deadline_s
         _, prompt_ids, self.template = model.reader.read(message.messages, message.prompt)
-        room = model.context_tokens - len(prompt_ids)
-        if not prompt_ids:
-            raise InvalidRequest("the prompt has no tokens, so there is nothing to continue")
-        if room < 1:
-            raise ContextTooLong(prompt_tokens=len(prompt_ids), context_tokens=model.context_tokens)
+        limit = answer_tokens(len(prompt_ids), message.sampling.max_tokens, model.context_tokens)
         self.sequence = TokenSequence(
-            prompt_ids,
-            min(room, message.sampling.max_tokens),
-            deterministic=message.deterministic,
-        )
+            prompt_ids, limit,
+            deterministic=message.deterministic, block_tokens=model.block_tokens,
+        )  # fmt: skip
         grammar = model.reader.grammar(message.schema) if message.schema is not None else None
         self.sampler = Sampler(message.sampling, prompt_ids, grammar)
         self.finish_reason: str | None = None
@@ -48,6 +54,20 @@ class Request:
         self._decoder = TextDecoder()
         self._stops = StopScanner(message.sampling.stop)
         self._text: list[str] = []
+
+    def too_late(self) -> WorkerError:
+        """What it is told when its deadline has passed: whether it only waited for room."""
+        model, sequence, deadline_s = self.model, self.sequence, self.message.deadline_s
+        needed_bytes = model.pool_bytes_for(sequence)
+        if needed_bytes <= model.pool_bytes:
+            return too_late(deadline_s)
+        return OutOfDeviceMemory(
+            f"{self.message.model}: {sequence.prompt_tokens} tokens and up to {sequence.limit} of "
+            f"an answer take {_mib(needed_bytes)} of the KV pool, of which others left "
+            f"{_mib(model.pool_bytes)} of {_mib(model.whole_pool_bytes)}; the rest did not come "
+            f"back within the deadline of {deadline_s:g} s",
+            retry_after_s=5,
+        )
 
     @property
     def completion_ids(self) -> list[int]:
@@ -127,3 +147,7 @@ class Request:
             "seed": sampling.seed,
             "exactness": "bit" if message.deterministic else "close",
         }
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f} MiB"

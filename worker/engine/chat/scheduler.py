@@ -16,26 +16,38 @@ from dataclasses import dataclass, field
 
 from worker.engine.chat.cache import BLOCK_TOKENS, BlockPool, block_names, blocks_for
 
-# A deterministic sequence's prompt is computed in chunks of this many blocks, each of them alone.
+# A deterministic sequence's prompt is computed in chunks of this many blocks, each of them alone;
+# where blocks are larger than BLOCK_TOKENS, of one that holds as many tokens or more.
 CHUNK_BLOCKS = 4
+
+
+def chunk_blocks(block_tokens: int) -> int:
+    """Blocks of a chunk of a deterministic sequence's prompt."""
+    return max(1, CHUNK_BLOCKS * BLOCK_TOKENS // block_tokens)
 
 
 class TokenSequence:
     """One request's tokens and the blocks that hold their keys and values."""
 
-    def __init__(self, prompt_ids: list[int], limit: int, *, deterministic: bool = False):
-        """limit: completion tokens at most; the last one is never computed."""
+    def __init__(
+        self, prompt_ids: list[int], limit: int, *,
+        deterministic: bool = False, block_tokens: int = BLOCK_TOKENS,
+    ):  # fmt: skip
+        """limit: completion tokens at most; the last one is never computed. block_tokens: of the
+        pool that it goes to."""
         self.deterministic = deterministic
+        self.block_tokens = block_tokens
         self.ids = list(prompt_ids)
         self.prompt_tokens = len(prompt_ids)
         self.limit = limit
         self.computed = 0  # tokens at the beginning of `ids` whose keys and values are in blocks
         self.cached = 0  # tokens of the prompt that were found computed
         self.blocks: list[int] = []
+        self.has_room = False  # the pool was grown for it, and keeps what it needs
         self.names: list[bytes] = []  # of the full blocks that are computed
         # Full blocks of the prompt that may be found computed. The last token never is: the
         # logits after it are needed.
-        self.prompt_names = block_names(prompt_ids[:-1], kind=self.kind)
+        self.prompt_names = block_names(prompt_ids[:-1], kind=self.kind, block_tokens=block_tokens)
 
     @property
     def kind(self) -> bytes:
@@ -50,7 +62,7 @@ class TokenSequence:
     @property
     def most_blocks(self) -> int:
         """Blocks that it can need."""
-        return blocks_for(self.prompt_tokens + self.limit - 1)
+        return blocks_for(self.prompt_tokens + self.limit - 1, self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +119,16 @@ class Scheduler:
         return len(self._parked)
 
     @property
-    def most_blocks_begun(self) -> int:
-        """That the longest of the sequences that have begun may take."""
-        begun = (*self._running, *self._parked)
-        return max((sequence.most_blocks for sequence in begun), default=0)
+    def most_blocks_kept(self) -> int:
+        """That the longest may take of the sequences which have begun or have been given room."""
+        given = (sequence for sequence in self._waiting if sequence.has_room)
+        kept = (*self._running, *self._parked, *given)
+        return max((sequence.most_blocks for sequence in kept), default=0)
+
+    @property
+    def too_long(self) -> list[TokenSequence]:
+        """That wait until the pool has grown, which was shrunk below what they can need."""
+        return [sequence for sequence in self._waiting if sequence.most_blocks > self.pool.count]
 
     def __iter__(self) -> Iterator[TokenSequence]:
         return iter([*self._running, *self._parked, *self._waiting])
@@ -118,6 +136,7 @@ class Scheduler:
     def add(self, sequence: TokenSequence) -> None:
         """Take a sequence. The caller has seen that the whole pool holds its `most_blocks`; while
         it is shrunk below that, the sequence waits."""
+        assert sequence.block_tokens == self.pool.block_tokens
         self._waiting.append(sequence)
 
     def remove(self, sequence: TokenSequence) -> None:
@@ -145,14 +164,16 @@ class Scheduler:
         """A piece's keys and values are in its blocks: full ones may be shared from now on."""
         sequence = piece.sequence
         sequence.computed = piece.end
-        full = piece.end // BLOCK_TOKENS
+        size = sequence.block_tokens
+        full = piece.end // size
         if sequence.deterministic:
             # Whole chunks of the prompt: what is behind the last one was, or would be, computed in
             # another shape.
-            full = min(full, sequence.prompt_tokens // BLOCK_TOKENS) // CHUNK_BLOCKS * CHUNK_BLOCKS
+            chunk = chunk_blocks(size)
+            full = min(full, sequence.prompt_tokens // size) // chunk * chunk
         if full > len(sequence.names):
-            ids = sequence.ids[: full * BLOCK_TOKENS]
-            names = block_names(ids, sequence.names, kind=sequence.kind)
+            ids = sequence.ids[: full * size]
+            names = block_names(ids, sequence.names, kind=sequence.kind, block_tokens=size)
             for index in range(len(sequence.names), full):
                 self.pool.name(sequence.blocks[index], names[index])
             sequence.names = names
@@ -167,9 +188,9 @@ class Scheduler:
     def shrink_to(self, count: int) -> list[tuple[TokenSequence, list[int]]]:
         """Park the last sequences until `count` blocks hold the others. Then resize the pool.
 
-        Raises ValueError when one that has begun can need more than `count`.
+        Raises ValueError when one that has begun, or has been given room, can need more.
         """
-        most = self.most_blocks_begun
+        most = self.most_blocks_kept
         if most > count:
             raise ValueError(f"a sequence can need {most} blocks, more than {count}")
         parked = []
@@ -187,7 +208,7 @@ class Scheduler:
         for sequence in list(self._running):
             if sequence not in self._running or not sequence.decoding:
                 continue
-            missing = blocks_for(len(sequence.ids)) - len(sequence.blocks)
+            missing = blocks_for(len(sequence.ids), sequence.block_tokens) - len(sequence.blocks)
             while missing > self.pool.available and sequence in self._running:
                 plan.park.append(self._park_last())
             if sequence in self._running:
@@ -204,7 +225,7 @@ class Scheduler:
     def _resume(self, plan: Plan) -> None:
         while self._parked and len(self._running) < self._max_running and not plan.park:
             sequence = self._parked[0]
-            needed = blocks_for(len(sequence.ids))
+            needed = blocks_for(len(sequence.ids), sequence.block_tokens)
             # A block of air for everyone, so that it is not parked again at the next step.
             if self.pool.available < needed + len(self._running):
                 return
@@ -228,18 +249,17 @@ class Scheduler:
         if sequence is None:
             return False
         names = sequence.prompt_names
-        shared = self.pool.find(names)
+        found = self.pool.find(names)
         coming = {
             name
             for other in self._running
             if not other.decoding
             for name in other.prompt_names[len(other.names) :]
         }
-        if not coming.isdisjoint(names[len(shared) : len(shared) + 1]):
+        if not coming.isdisjoint(names[len(found) : len(found) + 1]):
             return False
-        if sequence.deterministic:  # of a last chunk that is known, the last token is not
-            shared = shared[: len(shared) // CHUNK_BLOCKS * CHUNK_BLOCKS]
-        needed = blocks_for(sequence.prompt_tokens) - len(shared)
+        shared = _begun_with(sequence, found)
+        needed = blocks_for(sequence.prompt_tokens, sequence.block_tokens) - len(shared)
         uncached = self.pool.available - sum(self.pool.is_cached(block) for block in shared)
         if uncached < needed + len(self._running):
             return False
@@ -247,9 +267,14 @@ class Scheduler:
         self.pool.share(shared)
         sequence.blocks = [*shared, *self.pool.take(needed)]
         sequence.names = names[: len(shared)]
-        sequence.computed = sequence.cached = len(shared) * BLOCK_TOKENS
+        sequence.computed = sequence.cached = len(shared) * sequence.block_tokens
         self._running.append(sequence)
         return True
+
+    def known_tokens(self, sequence: TokenSequence) -> int:
+        """Of a prompt that is not begun: those whose keys and values are in blocks."""
+        found = self.pool.find(sequence.prompt_names)
+        return len(_begun_with(sequence, found)) * sequence.block_tokens
 
     def _fill(self, plan: Plan, sequence: TokenSequence, room: int) -> int:
         """As much of a prompt as the pass has room for; returns the number of tokens.
@@ -258,9 +283,17 @@ class Scheduler:
         """
         chunk = room
         if sequence.deterministic:
-            chunk = CHUNK_BLOCKS * BLOCK_TOKENS
+            chunk = chunk_blocks(sequence.block_tokens) * sequence.block_tokens
             if chunk > room and any(not piece.sequence.decoding for piece in plan.pieces):
                 return 0
         end = min(sequence.computed + chunk, sequence.prompt_tokens)
         plan.pieces.append(Piece(sequence, sequence.computed, end))
         return end - sequence.computed
+
+
+def _begun_with(sequence: TokenSequence, found: list[int]) -> list[int]:
+    """Of the blocks that are known of a prompt, those that its sequence begins with."""
+    if sequence.deterministic:  # of a last chunk that is known, the last token is not
+        chunk = chunk_blocks(sequence.block_tokens)
+        return found[: len(found) // chunk * chunk]
+    return found

@@ -67,7 +67,8 @@ class Ahead:
         while self._wanted:
             wanted = self._wanted.pop(0)
             parts = [wanted.parts[name] for name in wanted.names]
-            if any(part.is_streamed for part in parts):
+            # A denoiser that computes block by block or in eight bits stays as it is meanwhile.
+            if any(part.is_streamed or part.is_cast for part in parts):
                 continue
             if not all(part.is_whole for part in parts):
                 tenants = tuple(tenant_id(wanted.parts.model, name) for name in wanted.names)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from worker.engine.media.course import Course, Snapshot
-from worker.engine.media.denoising import Paused
+from worker.engine.media.denoising import Paused, keep_way
 from worker.engine.media.embeddings import Tensors
 from worker.engine.media.previews import Glimpses
 from worker.engine.media.run import Run
 from worker.engine.media.sdxl import Sdxl
 from worker.errors import Cancelled
+from worker.protocol.messages import Way
 
 
 class _Smaller(Exception):
@@ -46,6 +47,8 @@ class Batch:
         self._glimpses = {run: glimpses(run) for run in runs}
         self._leave = leave
         self._begin: Snapshot | None = None  # where it goes on
+        # Ways in which what has come of it was made, with their exactness.
+        self.ways: dict[str, str] = {}
 
     @property
     def images(self) -> int:
@@ -69,23 +72,25 @@ class Batch:
 
     def run(
         self,
+        way: Way,
         wanted_back: Callable[[], bool],
         listen: Callable[[], None],
         go_on: Callable[[], None],
     ) -> None:
         """Denoise what is left, with everything on the device.
 
-        wanted_back, go_on: as for `Denoising.run`. listen: called after every step. Raises Paused,
-        and Cancelled as `let_go` does.
+        way: that was granted for it. wanted_back, go_on: as for `Denoising.run`. listen: called
+        after every step. Raises Paused, and Cancelled as `let_go` does.
         """
         while self.runs[0].latents is None:
             try:
-                self._together(wanted_back, listen, go_on)
+                self._together(way, wanted_back, listen, go_on)
             except _Smaller:
                 continue
 
     def _together(
         self,
+        way: Way,
         wanted_back: Callable[[], bool],
         listen: Callable[[], None],
         go_on: Callable[[], None],
@@ -116,6 +121,7 @@ class Batch:
             if (some_left or pauses) and (snapshot := course.snapshot()) is not None:
                 kept = [row for row, run in enumerate(rows) if run in self.runs]
                 self._begin = snapshot.of_rows(kept)
+                keep_way(self.ways, way)
                 raise Paused if pauses else _Smaller
             go_on()
 

@@ -13,8 +13,8 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from worker.receipt import canonical_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another one is refused
+FORMAT = 2  # of the files; another one is refused
 EVERY_S = 5.0  # of denoising, between two checkpoints, at the least
 # Of a job's time, that writing checkpoints may take. A long video's are 34 MB, and a slow volume
 # takes half a second to have them safe.
@@ -50,6 +50,8 @@ class Checkpoint:
     finished: tuple[torch.Tensor, ...]  # latents of the first pictures, which are done
     going_on: Snapshot | None = None  # of the one after them; None where it has not begun
     scheduler_class: str | None = None  # that made them; None where nothing was denoised
+    # Ways in which all of it was made (worker/vram/ways.py), with their exactness.
+    ways: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -150,6 +152,7 @@ def to_bytes(checkpoint: Checkpoint, fingerprint: str) -> bytes:
         "image": len(checkpoint.finished),
         "step": checkpoint.step,
         "scheduler_class": checkpoint.scheduler_class,
+        "ways": dict(checkpoint.ways),
     }
     if (one := checkpoint.going_on) is not None:
         tensors |= {"latents": one.latents, "generator": one.generator}
@@ -193,7 +196,7 @@ def from_bytes(content: bytes, fingerprint: str) -> Checkpoint:
                 scheduler=_unflat(facts["scheduler"], tensors),
                 made_by=facts["made_by"],
             )
-        return Checkpoint(finished, going_on, facts["scheduler_class"])
+        return Checkpoint(finished, going_on, facts["scheduler_class"], facts["ways"])
     except (KeyError, TypeError, ValueError, SafetensorError) as exc:
         raise CheckpointRefused("damaged") from exc
 

@@ -16,13 +16,19 @@ from worker.engine.media.previews import Glimpses
 from worker.engine.media.progress import Track
 from worker.engine.media.sdxl import Sdxl
 from worker.engine.media.wan import Wan
-from worker.protocol.messages import RenderParams
+from worker.protocol.messages import RenderParams, Way
 
 log = logging.getLogger(__name__)
 
 
 class Paused(Exception):
     """Stopped for a more urgent request; `Denoising.run` goes on. Never leaves the engine."""
+
+
+def keep_way(ways: dict[str, str], way: Way) -> None:
+    """Note that something was made in `way`, which is the last of `ways` then."""
+    ways.pop(way.name, None)
+    ways[way.name] = way.exactness
 
 
 class Denoising:
@@ -49,10 +55,14 @@ class Denoising:
         self._begin: Snapshot | None = None  # of the picture after them
         self.resumed_from = 0  # steps, of all pictures, that an earlier process has done
         self.scheduler_class: str | None = None  # that made the latents
+        # Ways in which what has come of it was made, with their exactness: it may go on in another.
+        self.ways: dict[str, str] = {}
+        self._way: Way | None = None  # in which it goes on now
         found = keeper.taken_up()
         if found is not None:
             self._finished, self._begin = list(found.finished), found.going_on
             self.scheduler_class = found.scheduler_class
+            self.ways |= found.ways
             self.resumed_from = self._done
 
     @property
@@ -73,15 +83,18 @@ class Denoising:
     def run(
         self,
         texts: Tensors,
+        way: Way | None,
         wanted_back: Callable[[], bool],
         listen: Callable[[], None],
         go_on: Callable[[], None],
     ) -> None:
         """Denoise what is left, with everything on the device.
 
-        wanted_back: whether to pause, which raises Paused. listen: called after every step; may
-        raise to end it. go_on: called after a step, if it goes on then.
+        way: that was granted for it; None where nothing computes. wanted_back: whether to pause,
+        which raises Paused. listen: called after every step; may raise to end it. go_on: called
+        after a step, if it goes on then.
         """
+        self._way = way
         while not self.is_over:
             index = len(self._finished)
             self._track.denoises(index, self._begin.step if self._begin is not None else 0)
@@ -91,9 +104,11 @@ class Denoising:
                 self._keeper.refuse(exc)
                 self._finished.clear()
                 self._begin, self.resumed_from = None, 0
+                self.ways.clear()
                 continue
             self._finished.append(latents.cpu())
             self._begin = None
+            self._keep_way(self.ways)
             self._keeper.step_done(lambda: self._checkpoint(None))
             if wanted_back() and not self.is_over:
                 raise Paused
@@ -120,6 +135,7 @@ class Denoising:
             )
             if wanted_back() and (snapshot := course.snapshot()) is not None:
                 self._begin = snapshot
+                self._keep_way(self.ways)
                 raise Paused
             go_on()
 
@@ -128,7 +144,13 @@ class Denoising:
         return made
 
     def _checkpoint(self, going_on: Snapshot | None) -> Checkpoint:
-        return Checkpoint(tuple(self._finished), going_on, self.scheduler_class)
+        ways = dict(self.ways)
+        self._keep_way(ways)
+        return Checkpoint(tuple(self._finished), going_on, self.scheduler_class, ways)
+
+    def _keep_way(self, ways: dict[str, str]) -> None:
+        if self._way is not None:
+            keep_way(ways, self._way)
 
     @property
     def _done(self) -> int:

@@ -43,6 +43,7 @@ from worker.protocol.messages import (
     failed,
 )
 from worker.vram.pace import Paces
+from worker.vram.planner import HOST_PHASE, shape_of
 from worker.vram.sizes import Peaks
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class _Took:
 
     model: str
     phase: str
-    pixels: int  # of one picture, or of all frames of a video
+    pixels: int  # of one picture, or of all latent frames of a video
     pictures: int
     seconds: float
 
@@ -253,9 +254,12 @@ class MediaEngine:
     def _begun(self, ticket: Ticket, job: RenderJob) -> Run:
         track = Track(self._outbox, ticket, job, self._paces, self._clock)
         track.phase("load")
+        was_loaded = job.model in self._models
         model = self._models.ensure(job.model)
         spec, configs = self._models.spec(job.model), self._configs[job.model]
-        return Run(ticket, job, spec, model, configs, track, lambda: ticket in self._cancelled)
+        run = Run(ticket, job, spec, model, configs, track, lambda: ticket in self._cancelled)
+        run.was_loaded = was_loaded
+        return run
 
     def _share(self, runs: Sequence[Run]) -> None:
         """Denoise in one batch what can be; what fails for all of them is tried for each alone, so
@@ -298,18 +302,22 @@ class MediaEngine:
             self._outbox.wait(WAIT_S)
             if run.is_cancelled():
                 raise Cancelled("the job was cancelled before its files were written")
-        self._took.append(self._time_of(job, track, "decode", track.seconds["decode"]))
-        return self._saving(job, run.spec, made, track)
+        self._took.append(self._time_of(job, "decode", track.seconds["decode"]))
+        return self._saving(run, made)
 
-    def _saving(self, job: RenderJob, spec: ModelSpec, made: Made, track: Track) -> Work:
+    def _saving(self, run: Run, made: Made) -> Work:
         """What the saver's thread does for a job; it has the job's track from then on."""
+        job, spec, track = run.job, run.spec, run.track
 
         def work(check: Callable[[], None]) -> Message:
             began = self._clock()
             assets = save_files(job, spec.kind, made.pictures, check)
             track.end()
-            took = self._time_of(job, track, "save", self._clock() - began)
+            took = self._time_of(job, "save", self._clock() - began)
             self._took.append(took)
+            if run.was_loaded:
+                seconds = track.seconds["load"] + took.seconds
+                self._took.append(self._time_of(job, HOST_PHASE, seconds))
             receipt = made.receipt | {
                 "seeds": [asset.seed for asset in assets],
                 "assets_sha256": [asset.sha256 for asset in assets],
@@ -320,13 +328,17 @@ class MediaEngine:
 
         return work
 
-    def _time_of(self, job: RenderJob, track: Track, phase: str, seconds: float) -> _Took:
-        return _Took(job.model, phase, track.pixels, job.params.num_images, seconds)
+    def _time_of(self, job: RenderJob, phase: str, seconds: float) -> _Took:
+        pixels = shape_of(job.params).pixels
+        return _Took(job.model, phase, pixels, job.params.num_images, seconds)
 
     def _learn(self) -> None:
         """From jobs that are over."""
         while self._took:
             took = self._took.popleft()
+            if took.phase == HOST_PHASE:
+                self._leases.took(took.model, took.phase, took.pixels, took.pictures, took.seconds)
+                continue
             self._paces.learn(took.model, took.phase, took.pixels, took.pictures, took.seconds)
             self._jobs_rendered += took.phase == "save"
 

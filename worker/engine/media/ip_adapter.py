@@ -26,27 +26,18 @@ from torch import nn
 from worker.catalog import AdapterSpec
 from worker.engine.media.components import adapter_hash
 from worker.engine.media.pictures import Picture, cut, opened, resized
-from worker.errors import ModelUnavailable, OutOfHostMemory, Unsupported
-from worker.modelfiles import read_header
+from worker.errors import OutOfHostMemory, Unsupported
+from worker.modelfiles import ENCODER_WEIGHTS, read_header
 from worker.protocol.messages import Reference
+from worker.vram.adapters import adapter_kind, adapter_size, adapter_unavailable
 from worker.vram.probe import host_memory
 
 log = logging.getLogger(__name__)
 
 KEPT_PICTURES = 8  # what was read of them: 8 KB each, of an adapter "plus" 2.6 MB
-WEIGHTS = "model.safetensors"  # of the CLIP model, in its folder
 # Of OpenAI's CLIP, which every published adapter reads with.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-FULL_TOKENS = 257  # of an adapter "full": CLIP's own 16 x 16 and one
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSize:
-    """From the header of a file. Numbers, not bytes: they are held in the model's type."""
-
-    numbers: int
-    tokens: int  # that the denoiser reads of a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +81,10 @@ class Pictures:
                 group, _, name = key.partition(".")
                 layers[group][name] = tensor
             hashes = {"sha256": adapter_hash(spec.path), "image_encoder": ""}
-            hashes["image_encoder"] = adapter_hash(folder / WEIGHTS)
+            hashes["image_encoder"] = adapter_hash(folder / ENCODER_WEIGHTS)
         except (OSError, SafetensorError) as exc:
-            raise _unavailable(spec, "its files cannot be read") from exc
-        kind = _kind(layers["image_proj"])
+            raise adapter_unavailable(spec, "its files cannot be read") from exc
+        kind = adapter_kind(layers["image_proj"])
         known_as = (hashes["image_encoder"], str(kind == "plain"), reference.sha256)
         if known_as not in self._kept:
             self._kept[known_as] = _read(spec, cut(opened(reference), 1, 1), whole=kind != "plain")
@@ -103,34 +94,6 @@ class Pictures:
         seen = self._kept[known_as]
         _require_width(spec, layers["image_proj"], seen.picture.shape[-1])
         return IpAdapter(layers, seen.picture, seen.none, {"id": spec.id, **hashes}, seen.told)
-
-
-def adapter_size(spec: AdapterSpec) -> AdapterSize:
-    """Raises ModelUnavailable and Unsupported."""
-    try:
-        header = read_header(spec.path)
-    except FileNotFoundError as exc:
-        raise _unavailable(spec, f"{spec.path.name} is missing") from exc
-    except (OSError, ValueError) as exc:
-        raise _unavailable(spec, f"{spec.path.name} is damaged: {exc}") from exc
-    shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-    other = [key for key in shapes if key.partition(".")[0] not in ("image_proj", "ip_adapter")]
-    with_lora = any("_lora." in key for key in shapes)
-    projection = {
-        key.removeprefix("image_proj."): shape
-        for key, shape in shapes.items()
-        if key.startswith("image_proj.")
-    }
-    if other or with_lora or _kind(projection) == "":
-        raise Unsupported(
-            f"IP-Adapter {spec.id}: {spec.path.name} is none of the kinds that are supported: "
-            "plain, plus and full (those for faces need another model that finds them)"
-        )
-    tokens = {"plain": 4, "full": FULL_TOKENS}.get(_kind(projection))
-    return AdapterSize(
-        numbers=sum(int(np.prod(shape)) for shape in shapes.values()),
-        tokens=tokens or int(projection["latents"][1]),
-    )
 
 
 @contextmanager
@@ -216,7 +179,7 @@ def _read(spec: AdapterSpec, picture: Picture, *, whole: bool) -> _Seen:
             str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
-        raise _unavailable(spec, f"its image encoder does not load: {exc}") from exc
+        raise adapter_unavailable(spec, f"its image encoder does not load: {exc}") from exc
     side = encoder.config.image_size
     sized = resized(picture, side, side, Image.Resampling.BICUBIC)
     # Rounded where the library's own preprocessing rounds.
@@ -237,33 +200,21 @@ def _read(spec: AdapterSpec, picture: Picture, *, whole: bool) -> _Seen:
 def _float32_bytes(spec: AdapterSpec) -> int:
     assert spec.image_encoder is not None
     try:
-        header = read_header(spec.image_encoder / WEIGHTS)
+        header = read_header(spec.image_encoder / ENCODER_WEIGHTS)
     except (OSError, ValueError) as exc:
-        raise _unavailable(spec, f"its image encoder's {WEIGHTS} cannot be read") from exc
+        raise adapter_unavailable(
+            spec, f"its image encoder's {ENCODER_WEIGHTS} cannot be read"
+        ) from exc
     return 4 * sum(
         int(np.prod(entry["shape"])) for key, entry in header.items() if key != "__metadata__"
     )
 
 
-def _kind(projection: dict[str, Any]) -> str:
-    """By the names in it: plain, full, plus; empty where it is none of them."""
-    for name, kind in (("proj.weight", "plain"), ("proj.3.weight", "full"), ("latents", "plus")):
-        if name in projection:
-            return kind
-    return ""
-
-
 def _require_width(spec: AdapterSpec, projection: dict[str, torch.Tensor], width: int) -> None:
     name = {"plain": "proj.weight", "full": "proj.0.weight", "plus": "proj_in.weight"}
-    wanted = projection[name[_kind(projection)]].shape[-1]
+    wanted = projection[name[adapter_kind(projection)]].shape[-1]
     if wanted != width:
         raise Unsupported(
             f"IP-Adapter {spec.id} reads {wanted} numbers of a picture and its image encoder makes "
             f"{width}: they do not belong together"
         )
-
-
-def _unavailable(spec: AdapterSpec, what: str) -> ModelUnavailable:
-    return ModelUnavailable(
-        f"IP-Adapter {spec.id}: {what}; put its files there, or correct its paths in the catalog"
-    )

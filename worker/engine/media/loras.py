@@ -27,22 +27,13 @@ from torch.nn import functional
 from worker.catalog import AdapterSpec
 from worker.engine.media.components import adapter_hash
 from worker.errors import ModelUnavailable, Unsupported
-from worker.modelfiles import read_header
 from worker.protocol.messages import LoraUse
+from worker.vram.adapters import lora_header
 
 log = logging.getLogger(__name__)
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", *ENCODERS)
-# Other ways to change weights by small ones, by what names of their tensors contain.
-OTHER_KINDS = {
-    "lora_mid": "LoCon with a middle matrix",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "oft_": "OFT",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,45 +66,13 @@ class Lora:
         return {"id": self.id, "weight": self.weight, "sha256": self.sha256}
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSize:
-    """From the header of a file. Numbers, not bytes: they are held in the model's type."""
-
-    denoiser: int
-    encoders: int
-    rank: int  # the greatest
-
-    def __add__(self, other: LoraSize) -> LoraSize:
-        return LoraSize(
-            self.denoiser + other.denoiser,
-            self.encoders + other.encoders,
-            max(self.rank, other.rank),
-        )
-
-
-def lora_size(spec: AdapterSpec) -> LoraSize:
-    """Raises ModelUnavailable for a file that is missing or damaged, and Unsupported for one that
-    is no LoRA."""
-    denoiser = encoders = rank = 0
-    for key, entry in _header(spec).items():
-        if key != "__metadata__":
-            count = math.prod(entry["shape"])
-            if key.startswith(("lora_te", "text_encoder")):
-                encoders += count
-            else:
-                denoiser += count
-            if any(mark in key for mark in ("lora_down", "lora_A", "lora.down", "layer.down")):
-                rank = max(rank, int(entry["shape"][0]))
-    return LoraSize(denoiser, encoders, rank)
-
-
 def read_lora(use: LoraUse, spec: AdapterSpec, pipeline: Any, dtype: torch.dtype) -> Lora:
     """Its matrices, for the parts of this pipeline.
 
     Names of all trainers that diffusers reads: kohya's, diffusers' own (both) and peft's. Raises
     as `lora_size`, and Unsupported when it does not fit the model.
     """
-    metadata = _header(spec).get("__metadata__", {})
+    metadata = lora_header(spec).get("__metadata__", {})
     try:
         tensors = load_file(spec.path)
         sha256 = adapter_hash(spec.path)
@@ -196,23 +155,6 @@ def _hook(layer: nn.Module, added: tuple[Scaled, ...]) -> Any:
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-def _header(spec: AdapterSpec) -> dict[str, Any]:
-    try:
-        header = read_header(spec.path)
-    except FileNotFoundError as exc:
-        raise ModelUnavailable(
-            f"LoRA {spec.id}: {spec.path.name} is missing; put it there, or correct its path in "
-            "the catalog"
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise ModelUnavailable(f"LoRA {spec.id}: {spec.path.name} is damaged: {exc}") from exc
-    for key in header:
-        for mark, kind in OTHER_KINDS.items():
-            if mark in key:
-                raise Unsupported(f"LoRA {spec.id} is a {kind}, which is not supported")
-    return header
 
 
 def _alphas(spec: AdapterSpec, tensors: dict[str, torch.Tensor]) -> dict[int, float]:

@@ -1,19 +1,20 @@
 """Small pictures of what is being denoised, without a decode.
 
-A linear map makes colours of latents that are near enough. It is fitted per VAE, first to what the
-VAE makes of pictures of one colour, and then to the first pictures that are decoded anyway: how
-near the former come depends on the VAE, and the latter are what jobs look like.
+A map makes colours of latents that are near enough: it is linear in a latent pixel, and quadratic
+in the mean of those around it, because a decoder bends what is large and plain, such as a ground.
+It is fitted per VAE by least squares, first to what the VAE makes of drawn pictures, and then to
+the first pictures that are decoded anyway: the former have all colours, the latter are what jobs
+look like.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ from worker.receipt import canonical_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 EVERY_S = 0.5  # between two previews of a job
 EDGE = 128  # pixels, of a preview's longer side, at most
 QUALITY = 80
-LEVELS = 3  # of each of red, green, blue, among the plain colours
-SIDE = 64  # pixels, of the plain pictures
+DRAWN = 16  # pictures; all together count as much as one that was decoded
+SIDE = 96  # pixels, of the drawn pictures
+STILL = 5  # frames, of a drawn picture for a video's VAE: latents of a first one, and of a later
+PATCHES = 3  # on a drawn picture's ground
 PICTURES = 16  # decoded ones that a map is fitted to
-PLAIN = 0.2  # what all plain colours together count, where a decoded picture counts 1
-# Of the channels' mean variance, against large weights of channels that hardly vary: they would
-# turn texture into glaring colours.
+# Of the features' mean variance, against large weights of those that hardly vary: they would turn
+# texture into glaring colours.
 RIDGE = 1e-3
 
 Floats = npt.NDArray[np.float64]
@@ -44,9 +46,9 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """A map from a latent pixel to red, green and blue from 0 to 1."""
+    """A map from a latent pixel and those around it to red, green and blue from 0 to 1."""
 
-    weights: Floats  # (channels, 3)
+    weights: Floats  # (features, 3), of `features`
     bias: Floats  # (3,)
 
     def picture(self, latents: torch.Tensor) -> Image.Image:
@@ -55,11 +57,24 @@ class Colours:
         where that is more than EDGE."""
         if latents.dim() == 5:
             latents = latents[:, :, latents.shape[2] // 2]
-        pixels = latents[0].float().cpu().numpy().transpose(1, 2, 0)
-        shown = pixels @ self.weights.astype(np.float32) + self.bias.astype(np.float32)
-        made = Image.fromarray((np.nan_to_num(shown).clip(0, 1) * 255).round().astype(np.uint8))
+        own = np.nan_to_num(latents[0].float().cpu().numpy(), posinf=0.0, neginf=0.0)
+        shown = self._of(own).reshape(*own.shape[1:], 3)
+        made = Image.fromarray((shown.clip(0, 1) * 255).round().astype(np.uint8))
         made.thumbnail((EDGE, EDGE), Image.Resampling.BOX)
         return made
+
+    def _of(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The same as `features(latents) @ weights + bias`, without the products of 16 channels one
+        by one: those took most of the time."""
+        channels = len(latents)
+        weights, bias = self.weights.astype(np.float32), self.bias.astype(np.float32)
+        both = np.stack([latents, _around(latents)]).reshape(2, channels, -1)
+        bent = np.zeros((3, channels, channels), np.float32)
+        bent[:, *np.triu_indices(channels)] = weights[2 * channels :].T
+        curved = [(one @ both[1] * both[1]).sum(0) for one in bent]
+        straight = weights[: 2 * channels].T @ both.reshape(2 * channels, -1)
+        shown: npt.NDArray[np.float32] = (straight + np.stack(curved)).T + bias
+        return shown
 
 
 def as_webp(picture: Image.Image) -> bytes:
@@ -70,14 +85,15 @@ def as_webp(picture: Image.Image) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What a map is computed from: sums over pairs of latent pixels and colours."""
+    """What a map is computed from: sums over pairs of features and colours."""
 
     pictures: int  # decoded ones
-    squares: Floats  # (channels + 1, channels + 1), of the latent pixels and a constant 1
-    products: Floats  # (channels + 1, 3), of these with the colours
+    squares: Floats  # (features + 1, features + 1), of the features and a constant 1
+    products: Floats  # (features + 1, 3), of these with the colours
 
     def plus(self, latents: Floats, colours: Floats) -> Moments:
-        """With one more picture. latents: (count, channels); colours: (count, 3), 0 to 1."""
+        """With one more picture. latents: (channels, height, width); colours: (height, width, 3),
+        0 to 1."""
         squares, products = _means(latents, colours)
         return Moments(self.pictures + 1, self.squares + squares, self.products + products)
 
@@ -112,12 +128,12 @@ class Previews:
         if moments is not None and moments.pictures >= PICTURES:
             return
         try:
-            moments = moments or plain_colours(vae)
+            moments = moments or drawn_pictures(vae)
         except torch.OutOfMemoryError as exc:  # there are no previews then, and the next job tries
             log.warning("no previews yet, for want of device memory: %s", exc)
             return
-        pairs = _pairs(latents, made)
-        self._known[key] = moments = moments.plus(*pairs) if pairs is not None else moments
+        pair = pairs(latents, made)
+        self._known[key] = moments = moments.plus(*pair) if pair is not None else moments
         try:
             _write(self._path(key), moments)
         except OSError as exc:
@@ -152,45 +168,90 @@ class Glimpses:
         return as_webp(self._colours.picture(latents()))
 
 
-@torch.inference_mode()
-def plain_colours(vae: Any) -> Moments:
-    """What a VAE's encoder makes of plain pictures of LEVELS ** 3 colours, in the space that the
-    denoiser works in.
+def features(latents: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What colours are computed from, for each latent pixel, (height * width, features): its
+    channels, their means over 3 x 3 pixels, and the products of two of these means.
 
-    vae: AutoencoderKL or AutoencoderKLWan, on its device. Raises torch.OutOfMemoryError.
+    latents: (channels, height, width).
+    """
+    around = _around(latents)
+    first, second = np.triu_indices(len(latents))
+    found = np.concatenate([latents, around, around[first] * around[second]])
+    return found.reshape(len(found), -1).T
+
+
+def _around(latents: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Means over 3 x 3 pixels; beyond the border lies what is on it."""
+    wider = np.pad(latents, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = wider[:, :-2] + wider[:, 1:-1] + wider[:, 2:]
+    means: npt.NDArray[Any] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
+    return means
+
+
+@torch.inference_mode()
+def drawn_pictures(vae: Any) -> Moments:
+    """What a VAE's encoder makes of drawn pictures, in the space that the denoiser works in.
+
+    Pictures of one colour would be simpler, but a VAE that has learned from others makes something
+    else of them. vae: AutoencoderKL or AutoencoderKLWan, on its device. Raises
+    torch.OutOfMemoryError.
     """
     device = next(vae.parameters()).device
     # In float16 the published VAE overflows, as when it decodes.
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", True)
-    colours = np.array([*itertools.product(np.linspace(0.0, 1.0, LEVELS), repeat=3)])
+    chance = np.random.default_rng(5)
     seen = []
     try:
         if upcast:
             vae.to(dtype=torch.float32)
-        for colour in colours:
-            plain = torch.tensor(colour * 2 - 1, device=device, dtype=vae.dtype)
-            shape = (1, 3, 1, SIDE, SIDE) if _is_video(vae) else (1, 3, SIDE, SIDE)
-            picture = plain.view(1, 3, *(1 for _ in shape[2:])).expand(shape).contiguous()
-            latents = _normalised(vae, vae.encode(picture).latent_dist.mode())
-            # Borders see what lies beyond the picture.
-            middle = latents[0, ..., latents.shape[-2] // 2, latents.shape[-1] // 2]
-            seen.append(middle.flatten().double().cpu().numpy())
+        for _ in range(DRAWN):
+            drawn = _drawn(chance)
+            pixels = torch.tensor(drawn, device=device, dtype=vae.dtype).permute(2, 0, 1) * 2 - 1
+            pixels = pixels[None]  # (1, 3, height, width)
+            if _is_video(vae):
+                pixels = pixels.unsqueeze(2).repeat(1, 1, STILL, 1, 1)
+            latents = _normalised(vae, vae.encode(pixels).latent_dist.mode())[0]
+            for one in latents.unbind(1) if _is_video(vae) else [latents]:
+                seen.append(_means(one.double().cpu().numpy(), _shrunk(drawn, one.shape)))
     finally:
         if upcast:
             vae.to(dtype=torch.float16)
-    squares, products = _means(np.array(seen), colours)
-    return Moments(0, PLAIN * squares, PLAIN * products)
+    squares, products = (sum(one) / len(seen) for one in zip(*seen, strict=True))
+    return Moments(0, squares, products)
+
+
+def _drawn(chance: np.random.Generator) -> Floats:
+    """Patches of any colours on a ground, half of them on a grey one: (SIDE, SIDE, 3), 0 to 1."""
+    ground = chance.random(3) if chance.random() < 0.5 else np.full(3, chance.random())
+    # Black and white are commoner than any one colour between them.
+    picture = np.tile((ground * 1.4 - 0.2).clip(0, 1), (SIDE, SIDE, 1))
+    down, right = np.mgrid[:SIDE, :SIDE]
+    for _ in range(PATCHES):
+        colour, radius = chance.random(3), chance.uniform(0.1, 0.3) * SIDE
+        top, left = chance.random(2) * SIDE
+        away = np.abs([down - top, right - left])
+        is_square = chance.random() < 0.5
+        picture[(away.max(0) if is_square else np.hypot(*away)) < radius] = colour
+    return picture
+
+
+def _shrunk(picture: Floats, latents_shape: Sequence[int]) -> Floats:
+    """The mean colour of each latent pixel. picture: (height, width, 3), 0 to 1."""
+    shown = Image.fromarray((picture * 255).round().astype(np.uint8))
+    size = (latents_shape[-1], latents_shape[-2])
+    return np.asarray(shown.resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
 
 
 def _means(latents: Floats, colours: Floats) -> tuple[Floats, Floats]:
-    """Mean squares and products, as Moments has them."""
-    pixels = np.concatenate([latents, np.ones((len(latents), 1))], axis=1)
-    return pixels.T @ pixels / len(pixels), pixels.T @ colours / len(pixels)
+    """Mean squares and products, as Moments has them; the arguments as `Moments.plus`."""
+    seen = features(latents)
+    seen = np.concatenate([seen, np.ones((len(seen), 1))], axis=1)
+    return seen.T @ seen / len(seen), seen.T @ colours.reshape(-1, 3) / len(seen)
 
 
-def _pairs(latents: torch.Tensor, made: Any) -> tuple[Floats, Floats] | None:
-    """Latent pixels and the mean colours of what each became; of the middle of a video. None where
-    they are not of the same moments, or no numbers."""
+def pairs(latents: torch.Tensor, made: Any) -> tuple[Floats, Floats] | None:
+    """Latents and the mean colours of what each of their pixels became, as `Moments.plus` takes
+    them; of the middle of a video. None where they are not of the same moments, or no numbers."""
     if latents.dim() == 5:
         count, middle = latents.shape[2], latents.shape[2] // 2
         each, rest = divmod(len(made) - 1, count - 1) if count > 1 else (0, len(made) - 1)
@@ -199,12 +260,10 @@ def _pairs(latents: torch.Tensor, made: Any) -> tuple[Floats, Floats] | None:
         # After the first one, a latent frame is the `each` frames up to its own.
         latents = latents[:, :, middle]
         made = Image.fromarray(made[max(0, each * middle - each // 2)])
-    _, channels, height, width = latents.shape
-    small = made.convert("RGB").resize((width, height), Image.Resampling.BOX)
-    pixels = latents[0].double().cpu().numpy().reshape(channels, -1).T
+    pixels = latents[0].double().cpu().numpy()
     if not np.isfinite(pixels).all():
         return None
-    return pixels, np.asarray(small, dtype=np.float64).reshape(-1, 3) / 255
+    return pixels, _shrunk(np.asarray(made.convert("RGB")) / 255, pixels.shape)
 
 
 def _is_video(vae: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -9,6 +10,7 @@ from statistics import median
 from worker.engine.host import Outbox, Ticket
 from worker.protocol.messages import Progress, RenderJob
 from worker.vram.pace import Paces
+from worker.vram.planner import shape_of
 
 KEPT_STEPS = 8  # whose median is the pace of the next ones
 
@@ -50,12 +52,6 @@ class Track:
         self._stepped_at: float | None = None
         self._at_once = 1  # pictures that a step is one of
         self._step_s: deque[float] = deque(maxlen=KEPT_STEPS)
-
-    @property
-    def pixels(self) -> int:
-        """Of one picture, or of all frames of a video."""
-        params = self._job.params
-        return params.width * params.height * params.frames
 
     def phase(self, name: str) -> None:
         if name != self._phase:
@@ -111,7 +107,6 @@ class Track:
         return seconds_left(self.steps - self.done, self._step_s, sum(known) if known else None)
 
     def _expected_s(self, phase: str) -> float | None:
-        found = self._paces.estimate(
-            self._job.model, phase, self.pixels, self._job.params.num_images
-        )
-        return sum(found) / 2 if found is not None else None
+        pixels = shape_of(self._job.params).pixels
+        found = self._paces.estimate(self._job.model, phase, pixels, self._job.params.num_images)
+        return math.sqrt(found[0] * found[1]) if found is not None else None

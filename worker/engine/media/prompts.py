@@ -12,46 +12,15 @@ pieces of nothing. A weight does not change the pooled state: compel has no rule
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from worker.engine.media.embeddings import Tensors
 from worker.engine.media.weighting import weighing
-from worker.errors import PromptTooLong
 from worker.protocol.messages import RenderParams
-
-MAX_PIECES = 20  # 1500 tokens: more is not a prompt, and the denoiser reads all of it in every step
-SEPARATOR = ", "
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text as the parts that it consists of, and how much each of them counts."""
-
-    parts: tuple[str, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def whole(self) -> str:
-        return "".join(self.parts)
-
-    @property
-    def is_plain(self) -> bool:
-        return all(weight == 1 for weight in self.weights)
-
-
-def prompt_of(params: RenderParams) -> Text:
-    """The prompt with its terms, each after a comma; without a prompt they begin the text."""
-    parts, weights = [params.prompt], [1.0]
-    for term in params.weighted:
-        if any(parts):
-            parts.append(SEPARATOR)
-            weights.append(1.0)
-        parts.append(term.text)
-        weights.append(term.weight)
-    return Text(tuple(parts), tuple(weights))
+from worker.vram.texts import Reader, Text, prompt_of, text_pieces, token_counts
 
 
 class Prompts:
@@ -68,30 +37,18 @@ class Prompts:
 
         Raises PromptTooLong when they are more than the profile takes: nothing is cut silently.
         """
-        counts = {}
-        for name, _ in self._encoders:
-            tokenizer = getattr(self._pipeline, name)
-            count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-            limit = tokenizer.model_max_length
-            if self.long_prompts == "chunk":
-                limit = MAX_PIECES * (limit - 2) + 2
-            if count > limit:
-                raise PromptTooLong(
-                    f"the text has {count - 2} tokens and the picture's text encoder takes "
-                    f"{limit - 2}; shorten it"
-                )
-            counts[name] = count
-        return counts
+        return token_counts(text, self._readers(), self.long_prompts)
 
     def pieces(self, params: RenderParams) -> int:
         """In how many pieces the longer of a job's texts is read. Raises PromptTooLong."""
-        most = 1
-        for text in (prompt_of(params).whole, params.negative_prompt if params.guided else None):
-            if text is not None:
-                for name, count in self.counts(text).items():
-                    room = getattr(self._pipeline, name).model_max_length - 2
-                    most = max(most, -(-(count - 2) // room))
-        return most
+        return text_pieces(params, self._readers(), self.long_prompts)
+
+    def _readers(self) -> list[Reader]:
+        tokenizers = {name: getattr(self._pipeline, name) for name, _ in self._encoders}
+        return [
+            Reader(name, partial(_count, one), one.model_max_length)
+            for name, one in tokenizers.items()
+        ]
 
     @torch.inference_mode()
     def encoded(self, params: RenderParams, device: torch.device) -> Tensors:
@@ -147,6 +104,10 @@ class Prompts:
         pooled = provider.text_encoder(first).text_embeds
         hidden = torch.cat([one.to(pooled.dtype) for one in states], dim=-1)
         return hidden, pooled
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
 _NAMES = (

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
 import torch
 
+from worker.engine.casting import STORED
 from worker.engine.device import release_cache
 from worker.engine.host import Outbox
 from worker.engine.leases import Leases, Question
 from worker.engine.media.ahead import Ahead
 from worker.engine.media.batch import Batch, text_shapes
 from worker.engine.media.checkpoints import Keeper, job_fingerprint
-from worker.engine.media.denoising import Denoising, Paused
+from worker.engine.media.denoising import Denoising, Paused, keep_way
 from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on
 from worker.engine.media.previews import Glimpses, Previews
 from worker.engine.media.run import Run
@@ -35,16 +37,17 @@ from worker.engine.residents import Residents
 from worker.errors import Cancelled, OutOfDeviceMemory
 from worker.protocol.messages import PhaseWays
 from worker.receipt import text_sha256
-from worker.vram.phases import Phase
+from worker.vram.phases import DENOISERS, Phase
 from worker.vram.planner import batch_ways, phase_ways, shape_of
 from worker.vram.sizes import Peaks
-from worker.vram.ways import EXACTNESS
+from worker.vram.ways import least_exact, strictest
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 WAIT_S = 0.25  # how long a lease is waited for before a look at what else has arrived
 MAX_CLIMBS = 4  # ways that a phase tries after the device ran out of memory
+NOTHING_EARLIER: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class Renderer:
         asked = batch_ways(
             first.spec, phase, first.model.parts.sizes(), self._peaks,
             steps=params.passes, pictures=batch.images,
+            exactness=strictest(run.job.exactness for run in fitting),
         )  # fmt: skip
 
         def denoise(lease: Question) -> None:
@@ -131,15 +135,16 @@ class Renderer:
                 self._leases.also(lease, run.job.request_id)
             self._look_ahead(first)
             try:
-                batch.run(lambda: lease.wanted_back, self._step_done, self._ahead.bring)
+                batch.run(lease.way, lambda: lease.wanted_back, self._step_done, self._ahead.bring)
             finally:
                 self._ahead.forget()
 
         try:
             batch.let_go()
             self._in_some_way(
-                batch.runs, phase, asked, denoise, lambda: batch.share_left, batch.let_go
-            )
+                batch.runs, phase, asked, denoise, lambda: batch.share_left, batch.let_go,
+                batch.ways,
+            )  # fmt: skip
         except Cancelled:  # all of them
             return
         except OutOfDeviceMemory as exc:
@@ -171,7 +176,7 @@ class Renderer:
             # Sums are split over threads, so another count may round another way.
             "cpu_threads": torch.get_num_threads() if self._device.type == "cpu" else None,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-            "exactness": max((one["exactness"] for one in run.taken), key=EXACTNESS.index),
+            "exactness": least_exact(one["exactness"] for one in run.taken),
             "plan": run.taken,
             "embeddings": run.embeddings,
             "paused": sum(one.get("paused", 0) for one in run.taken),
@@ -191,6 +196,9 @@ class Renderer:
         self.counters["jobs_resumed"] += denoising.resumed_from > 0
         if not denoising.is_over:
             self._denoised(run, denoising)
+        elif denoising.ways:
+            phase = run.model.phases(run.job.params)["denoise"]
+            run.taken.append(_told_of(phase, denoising.ways))
         run.latents, run.scheduler_class = denoising.take(), denoising.scheduler_class
         if run.job.checkpoint is not None:
             run.told = {
@@ -220,15 +228,17 @@ class Renderer:
         def denoise(lease: Question) -> None:
             self._look_ahead(run)
             try:
-                denoising.run(texts, lambda: lease.wanted_back, listen, self._ahead.bring)
+                denoising.run(
+                    texts, lease.way, lambda: lease.wanted_back, listen, self._ahead.bring
+                )
             finally:
                 # Between no steps nobody brings it, and until then its bytes are kept from others.
                 self._ahead.forget()
 
         if "denoise" in phases:
-            self._phase("denoise", run, denoise, lambda: denoising.share_left)
+            self._phase("denoise", run, denoise, lambda: denoising.share_left, denoising.ways)
         else:  # what the job begins from is what it ends with
-            denoising.run(texts, lambda: False, listen, lambda: None)
+            denoising.run(texts, None, lambda: False, listen, lambda: None)
 
     def _step_done(self) -> None:
         self.counters["denoise_steps"] += 1
@@ -255,8 +265,10 @@ class Renderer:
         run: Run,
         work: Callable[[Question], T],
         share_left: Callable[[], float] = lambda: 1.0,
+        earlier: Mapping[str, str] = NOTHING_EARLIER,
     ) -> T:
-        """Run a phase of one job. share_left: of its work.
+        """Run a phase of one job. share_left: of its work. earlier: ways in which something of it
+        was made before, with their exactness.
 
         Raises OutOfDeviceMemory, Cancelled and what `work` raises.
         """
@@ -271,7 +283,7 @@ class Renderer:
             if run.is_cancelled():
                 raise Cancelled("the job was cancelled while it waited for device memory")
 
-        return self._in_some_way([run], phase, asked, work, share_left, look)
+        return self._in_some_way([run], phase, asked, work, share_left, look, earlier)
 
     def _in_some_way(
         self,
@@ -281,12 +293,14 @@ class Renderer:
         work: Callable[[Question], T],
         share_left: Callable[[], float],
         look: Callable[[], object],
+        earlier: Mapping[str, str],
     ) -> T:
         """Run a phase in the cheapest way that can be had; out of memory, in the next one; after a
         pause, go on.
 
         runs: that go through it together; some may leave. look: called while a lease is waited
-        for; may raise to give up. Raises OutOfDeviceMemory and what `work` and `look` raise.
+        for; may raise to give up. earlier: as of `_phase`; read when the phase is over. Raises
+        OutOfDeviceMemory and what `work` and `look` raise.
         """
         job, params, track = runs[0].job, runs[0].job.params, runs[0].track
         name = phase.name
@@ -312,9 +326,11 @@ class Renderer:
                 try:
                     with runs[0].model.parts.ready(lease, phase.parts):
                         result = work(lease)
+                    made_in = dict(earlier)
+                    keep_way(made_in, way)
                     for one in runs:
                         one.taken.append(
-                            {"phase": name, "way": way.name, "exactness": way.exactness}
+                            _told_of(phase, made_in)
                             | ({"out_of_memory": climbs} if climbs else {})
                             | ({"paused": pauses} if pauses else {})
                         )
@@ -361,6 +377,23 @@ class Renderer:
             job.params, job.references,
             components=run.model.components, configs=run.configs, dtype=run.spec.dtype,
             given=run.given.receipt if run.given is not None else None,
+            exactness=job.exactness,  # what a stricter job may go on from is no less exact
             **computed_on(self._device),
         )  # fmt: skip
         return Keeper(Path(job.checkpoint), fingerprint, every_s, self._clock)
+
+
+def _told_of(phase: Phase, ways: Mapping[str, str]) -> dict[str, Any]:
+    """For the receipt: the way in which a phase ended, and all that it was made in.
+
+    ways: in their order, with their exactness.
+    """
+    told: dict[str, Any] = {
+        "phase": phase.name, "way": [*ways][-1], "exactness": least_exact(ways.values()),
+    }  # fmt: skip
+    if len(ways) > 1:
+        told["ways"] = [*ways]
+    if "quantised" in ways:
+        stored = str(STORED).removeprefix("torch.")
+        told["quantised"] = {part: stored for part in phase.parts if part in DENOISERS}
+    return told

@@ -29,6 +29,7 @@ class Run:
     configs: str  # names the model's configs, as they were loaded
     track: Track
     is_cancelled: Callable[[], bool]
+    was_loaded: bool = True  # the model, when the job began
     counts: dict[str, int] | None = None  # tokens of the prompt; None: not looked at yet
     given: Any = None  # what the job brings with it; None where it brings nothing
     texts: Tensors | None = None  # what the denoiser reads of them; None: not known yet

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from worker.catalog import AdapterSpec, ModelSpec
+from worker.catalog import ModelSpec
 from worker.engine.leases import Leases
 from worker.engine.media import ip_adapter, latents, loras
 from worker.engine.media.components import adapter_hash, component_hashes, tokenizer_hashes
@@ -29,17 +29,18 @@ from worker.engine.media.embeddings import EmbeddingCache, Tensors, computed_on,
 from worker.engine.media.parts import Parts
 from worker.engine.media.pictures import centred, the_one
 from worker.engine.media.pipelines import computing_on, module_configs
-from worker.engine.media.prompts import Prompts, prompt_of
+from worker.engine.media.prompts import Prompts
 from worker.engine.media.schedulers import fresh_sdxl
 from worker.errors import InvalidRequest, ModelUnavailable, Unsupported
 from worker.modelfiles import require_files, weight_bytes
-from worker.protocol.messages import LoraUse, Reference, RenderParams
-from worker.vram.phases import WIDTHS, Adapters, Phase, Shape, image_phases
-from worker.vram.planner import shape_of
+from worker.protocol.messages import Reference, RenderParams
+from worker.vram.adapters import READS, ip_adapter_of, lora_of, lora_size
+from worker.vram.phases import Phase, Shape, image_phases
+from worker.vram.planner import image_shape
+from worker.vram.texts import prompt_of
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 BEGINS = ("image", "copy")  # modes that begin from a picture
-READS = ("style", "character")  # modes in which an IP-Adapter reads one
 MODES = ("text", *BEGINS, *READS)
 
 
@@ -119,7 +120,7 @@ class Sdxl:
         self.parts.close()
 
     def describe(self) -> dict[str, Any]:
-        reads = self._spec.adapter("ip_adapter") is not None
+        reads = self._spec.ip_adapter is not None
         return {
             "components": self.components,
             "pipeline": type(self._pipeline).__name__,
@@ -157,7 +158,7 @@ class Sdxl:
             given.receipt |= {"reference_mode": params.mode, "references": [picture.told]}
         if params.mode in READS:
             sent = the_one(references, params.mode)
-            given.adapter = self._pictures.read(self._ip_adapter(), sent)
+            given.adapter = self._pictures.read(ip_adapter_of(self._spec), sent)
             given.receipt |= {
                 "reference_mode": params.mode,
                 "references": [given.adapter.picture],
@@ -166,7 +167,8 @@ class Sdxl:
         if params.loras:
             dtype = getattr(torch, self._spec.dtype)
             given.loras = tuple(
-                loras.read_lora(use, self._lora(use), self._pipeline, dtype) for use in params.loras
+                loras.read_lora(use, lora_of(self._spec, use), self._pipeline, dtype)
+                for use in params.loras
             )
             given.receipt["loras"] = [one.told for one in given.loras]
         return given
@@ -270,39 +272,7 @@ class Sdxl:
 
     def _shape(self, params: RenderParams) -> Shape:
         """Raises as `check`."""
-        shape = shape_of(params)
-        size = loras.LoraSize(0, 0, 0)
-        for use in params.loras:
-            its = loras.lora_size(self._lora(use))
-            size = size + its if use.weight else size
-        numbers, tokens = size.denoiser, 0
-        if params.mode in READS:
-            adapter = ip_adapter.adapter_size(self._ip_adapter())
-            numbers, tokens = numbers + adapter.numbers, adapter.tokens
-        width = WIDTHS[self._spec.dtype]
-        return replace(
-            shape,
-            text_pieces=self._prompts.pieces(params),
-            adapters=Adapters(width * numbers, width * size.encoders, size.rank, tokens),
-        )
-
-    def _lora(self, use: LoraUse) -> AdapterSpec:
-        found = self._spec.adapter("lora", use.id)
-        if found is None:
-            known = ", ".join(one.id for one in self._spec.adapters if one.kind == "lora")
-            raise Unsupported(
-                f"the catalog has no such LoRA for {self._spec.id}; known: {known or 'none'}"
-            )
-        return found
-
-    def _ip_adapter(self) -> AdapterSpec:
-        found = self._spec.adapter("ip_adapter")
-        if found is None:
-            raise Unsupported(
-                f"modes {' and '.join(READS)} need an IP-Adapter, and the catalog has none for "
-                f"{self._spec.id}; give it an [[adapters]] entry of kind ip_adapter"
-            )
-        return found
+        return image_shape(self._spec, params, self._prompts.pieces(params))
 
     def _told_of_texts(self, params: RenderParams) -> dict[str, Any]:
         """Of the whole prompt with its terms, and of the negative one."""
@@ -315,7 +285,7 @@ class Sdxl:
     def _key(self, params: RenderParams) -> str:
         guided = params.guided
         prompt = prompt_of(params)
-        used = [(self._lora(use), use.weight) for use in params.loras if use.weight]
+        used = [(lora_of(self._spec, use), use.weight) for use in params.loras if use.weight]
         return embedding_key(
             encoders={k: v for k, v in self.components.items() if k != "unet" and k != "vae"},
             configs={part: self._configs[part] for part in PARTS[:2]},
@@ -328,7 +298,7 @@ class Sdxl:
             loras=[
                 (adapter_hash(spec.path), weight)
                 for spec, weight in used
-                if loras.lora_size(spec).encoders
+                if lora_size(spec).encoders
             ],
             pieces=self._prompts.pieces(params),
             compel=version("compel"),

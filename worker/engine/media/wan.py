@@ -30,17 +30,15 @@ from worker.engine.media.frames import ROLES, Given, given_pictures
 from worker.engine.media.parts import Parts
 from worker.engine.media.pipelines import computing_on, module_configs
 from worker.engine.media.schedulers import fresh_wan
-from worker.errors import ModelUnavailable, PromptTooLong, Unsupported
+from worker.errors import ModelUnavailable, Unsupported
 from worker.modelfiles import file_sha256, require_files, weight_bytes
 from worker.protocol.messages import Reference, RenderParams
-from worker.vram.phases import Phase, video_phases
+from worker.vram.adapters import require_vace
+from worker.vram.phases import VIDEO_TEXT_TOKENS, Phase, video_phases
 from worker.vram.planner import shape_of
+from worker.vram.texts import require_short
 
-# Positions of the text encoder that WAN 2.1 was trained with (text_len of its own config).
-TEXT_TOKENS = 512
 PARTS = ("text_encoder", "transformer", "vae")
-# With fewer frames than this there is nothing between a first and a last one.
-LEAST_FRAMES = 5
 
 
 class Wan:
@@ -129,18 +127,7 @@ class Wan:
             raise Unsupported("the video's text encoder takes no weights of words")
         if params.loras:
             raise Unsupported("LoRAs are added to image models only")
-        if params.mode == "text":
-            return
-        if self._vace is None:
-            raise Unsupported(
-                f"mode {params.mode} needs VACE weights, and {self._spec.id} "
-                f"{self._how_to_get_vace}"
-            )
-        if params.frames < LEAST_FRAMES:
-            raise Unsupported(
-                f"mode {params.mode} makes a video of at least {LEAST_FRAMES} frames, "
-                f"and the job has {params.frames}"
-            )
+        require_vace(self._spec, params, self._vace is not None)
 
     def given(self, params: RenderParams, references: Sequence[Reference]) -> Given:
         """The job's pictures, ready for `denoise`. Raises InvalidRequest, and as `check`."""
@@ -148,13 +135,9 @@ class Wan:
         return given_pictures(params, references)
 
     def token_counts(self, text: str) -> dict[str, int]:
-        """Tokens of `text`, end token included. Raises PromptTooLong above TEXT_TOKENS."""
+        """Tokens of `text`, end token included. Raises PromptTooLong above VIDEO_TEXT_TOKENS."""
         count = len(self._tokenizer.encode(text).ids)
-        if count > TEXT_TOKENS:
-            raise PromptTooLong(
-                f"the text has {count} tokens and the video's text encoder takes "
-                f"{TEXT_TOKENS}; shorten it"
-            )
+        require_short(count)
         return {"tokenizer": count}
 
     def phases(self, params: RenderParams) -> dict[str, Phase]:
@@ -204,7 +187,7 @@ class Wan:
                 num_inference_steps=params.steps,
                 guidance_scale=params.guidance_scale,
                 output_type="latent",
-                max_sequence_length=TEXT_TOKENS,
+                max_sequence_length=VIDEO_TEXT_TOKENS,
                 **more,
                 **arguments,
             ).frames
@@ -228,31 +211,17 @@ class Wan:
 
     @torch.inference_mode()
     def encoded(self, text: str) -> torch.Tensor:
-        """Embeddings (1, TEXT_TOKENS, width) of the text as it is, zero after its last token."""
+        """Embeddings (1, VIDEO_TEXT_TOKENS, width) of the text as it is, zero after its end."""
         pipeline = self._pipeline
         ids = self._tokenizer.encode(text).ids
-        padded = ids + [self._pad_id] * (TEXT_TOKENS - len(ids))
-        mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device=self._device)
+        padded = ids + [self._pad_id] * (VIDEO_TEXT_TOKENS - len(ids))
+        mask = torch.zeros(1, VIDEO_TEXT_TOKENS, dtype=torch.long, device=self._device)
         mask[0, : len(ids)] = 1
         hidden = pipeline.text_encoder(
             torch.tensor([padded], device=self._device), mask
-        ).last_hidden_state  # (1, TEXT_TOKENS, width)
+        ).last_hidden_state  # (1, VIDEO_TEXT_TOKENS, width)
         embeddings: torch.Tensor = hidden * mask.unsqueeze(-1).to(hidden.dtype)
         return embeddings.to(pipeline.transformer.dtype)
-
-    @property
-    def _how_to_get_vace(self) -> str:
-        adapter, fetch = self._spec.adapter("vace"), "python scripts/fetch_models.py"
-        if adapter is not None:
-            return (
-                f"was loaded without those of adapter {adapter.id}, whose folder was missing; put "
-                f"them there ({fetch} wan_2_1_vace_1_3b) and load the model again"
-            )
-        return (
-            f"has none; fetch them ({fetch} wan_2_1_vace_1_3b) and give their transformer's "
-            'folder to this model in an [[adapters]] entry of kind "vace", or serve them as the '
-            "video model"
-        )
 
     def _key(self, text: str) -> str:
         return embedding_key(
