@@ -159,8 +159,8 @@ def test_a_shape_is_the_least_that_holds_the_pieces() -> None:
     assert shape_for([one] * 7, MOST) is None
     assert shape_for([prompt(0, 1, [0])], MOST) == Shape(16, 7, single=False)
     assert shape_for([one, prompt(0, 16, [0])], MOST) == Shape(32, 7, single=False)
-    assert shape_for([prompt(0, 512, [0, 1])], MOST) == Shape(512, 7, single=False)
-    assert shape_for([prompt(0, 513, [0, 1, 2])], MOST) is None
+    assert shape_for([prompt(0, 256, [0])], MOST) == Shape(256, 7, single=False)
+    assert shape_for([prompt(0, 257, [0, 1])], MOST) is None
 
 
 def test_no_padding_is_more_than_a_page() -> None:
@@ -217,7 +217,7 @@ def test_one_recording_serves_all_passes_of_its_shape() -> None:
 
 def test_places_of_logits_of_a_longer_pass_are_none_in_a_shorter_one() -> None:
     graphs = Graphs()
-    long = [prompt(0, 250, [0]), prompt(0, 250, [1])]
+    long = [prompt(0, 120, [0]), prompt(0, 130, [1])]
     short = [prompt(0, 5, [2])]
     graphs.replays(long)
     right = graphs.as_written(short)

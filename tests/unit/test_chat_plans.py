@@ -198,21 +198,26 @@ def test_seconds_are_told_once_something_ran(tmp_path: Path) -> None:
 def test_an_answer_lasts_as_long_as_those_before_it() -> None:
     pace = Pace(pass_s=0.1, prompt_token_s=0.01)
     assert answer_span(pace, 100, 10) is None
-    for tokens, seconds in ((10, 1.0), (20, 4.0), (30, 3.0)):
-        pace = pace.after_answer(Answer(tokens, 100, seconds))
+    for tokens, first_s, rest_s in ((11, 0.1, 1.0), (21, 0.2, 4.0), (31, 0.3, 3.0)):
+        pace = pace.after_answer(Answer(tokens, 100, first_s, rest_s))
     # As few tokens as the fewest, as quick as the quickest; and the contrary, with the prompt.
-    assert answer_span(pace, 0, 50) == (pytest.approx(1 / 1.25), pytest.approx(6 * 1.25))
-    assert answer_span(pace, 100, 50) == (pytest.approx(1 / 1.25), pytest.approx(7 * 1.25))
-    assert answer_span(pace, 0, 5) == (pytest.approx(0.5 / 1.25), pytest.approx(1 * 1.25))
+    low, high = 0.1 + 10 * 0.1, 0.3 + 30 * 0.2
+    assert answer_span(pace, 0, 50) == (pytest.approx(low / 1.25), pytest.approx(high * 1.25))
+    assert answer_span(pace, 100, 50) == (
+        pytest.approx(low / 1.25), pytest.approx((high + 1) * 1.25)
+    )  # fmt: skip
+    low, high = 0.1 + 4 * 0.1, 0.3 + 4 * 0.2
+    assert answer_span(pace, 0, 5) == (pytest.approx(low / 1.25), pytest.approx(high * 1.25))
     # One that was cut says only that the next one may be, too.
-    pace = pace.after_answer(Answer(40, 40, 4.0))
-    assert answer_span(pace, 0, 50) == (pytest.approx(1 / 1.25), pytest.approx(10 * 1.25))
+    pace = pace.after_answer(Answer(40, 40, 0.1, 3.9))
+    low, high = 0.1 + 10 * 0.1, 0.3 + 49 * 0.2
+    assert answer_span(pace, 0, 50) == (pytest.approx(low / 1.25), pytest.approx(high * 1.25))
 
 
 def test_of_answers_only_the_last_ones_count() -> None:
-    pace = Pace().after_answer(Answer(90, 90, 900.0))
+    pace = Pace().after_answer(Answer(90, 90, 9.0, 900.0))
     for _ in range(32):
-        pace = pace.after_answer(Answer(10, 90, 1.0))
+        pace = pace.after_answer(Answer(1, 90, 1.0, 0.0))
 
     assert answer_span(pace, 0, 50) == (pytest.approx(1 / 1.25), pytest.approx(1.25))
     assert len(pace.answers) == 32

@@ -594,9 +594,9 @@ def test_a_card_is_asked_for_whole_pages_and_for_what_recorded_passes_hold() -> 
     page = 2 * 28 * 4 * 128 * 2 * PAGE_TOKENS
     assert sizes.pool == (2 << 30) // page * page
     assert sizes.least_pool % page == 0
-    # Of 2 to 32 rows and of 16 to 512 tokens; the block of padding; the logits of 32 rows.
-    recorded = 11 * GRAPH_BYTES + page + 32 * 152_064 * 2
-    assert sizes.pass_peak == (2048 << 10) + (512 << 10) + recorded
+    # Of 2 to 32 rows and of 16 to 256 tokens; the block of padding; the logits of 32 rows.
+    recorded = 10 * GRAPH_BYTES + page + 32 * 152_064 * 2
+    assert sizes.pass_peak == (2048 << 10) + (256 << 10) + recorded
 
 
 def test_where_pages_are_not_read_nothing_is_asked_for_recorded_passes() -> None:

@@ -97,7 +97,7 @@ def test_the_pace_follows_what_is_seen_and_forgets_slowly() -> None:
         pace = pace.after_pass(0.04, 0)
     assert pace.pass_s == pytest.approx(0.04, rel=0.01)
     for _ in range(60):
-        pace = pace.after_answer(Answer(25, 100, 1.0))
+        pace = pace.after_answer(Answer(25, 100, 0.1, 1.0))
     assert pace.share == pytest.approx(0.25, rel=0.01)
 
 

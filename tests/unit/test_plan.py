@@ -383,14 +383,14 @@ def test_pictures_loras_and_batches_can_be_asked_about(tmp_path: Path) -> None:
         assert len(film.phases[1].tenants) == 2
 
 
-def test_a_picture_without_guidance_is_as_quick_as_half_of_one_with() -> None:
+def test_a_picture_without_guidance_is_as_quick_as_half_of_one_with(tmp_path: Path) -> None:
     spec = media_catalog(load_settings("demo", {})).default("sdxl")
     phase = Phase("denoise", ("unet",), (Question(part="unet", config={}, dtype="float32"),))
     parts = {"unet": PartBytes(whole=128, streamed=64)}
 
     def pixels(**shape: Any) -> int:
         made = phase_ways(
-            spec, phase, parts, Peaks(Path("nowhere"), lambda q: [SMALL] * len(q)),
+            spec, phase, parts, Peaks(tmp_path, lambda q: [SMALL] * len(q)),
             Shape(64, **shape), steps=1, images=1, exactness="bit",
         )  # fmt: skip
         return made.pixels

@@ -19,8 +19,8 @@ BLOCK_TOKENS = 16  # of a KV pool's block
 PAGE_TOKENS = 256  # of one that a card's attention reads by itself (docs/decisions/0015)
 # Passes of these shapes a card records and replays (worker/engine/chat/graphs.py): prompts, with
 # what decodes beside them, of so many tokens; and decoding alone in `row_buckets`.
-TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512)
-GRAPH_BYTES = 8 << 20  # of the driver for one of them: an estimate, not measured
+TOKEN_BUCKETS = (16, 32, 64, 128, 256)
+GRAPH_BYTES = 4 << 20  # of the driver for one of them: an estimate, not measured
 # Which measurement each part of a WAN model takes (worker/engine/peaks.py); SDXL's have its names.
 VIDEO_PARTS = {
     "text_encoder": "umt5",

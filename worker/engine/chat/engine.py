@@ -259,10 +259,13 @@ class ChatEngine:
             self._send(Ticket(peer, ""), Tokens(tokens=tuple(tokens)))
         for request in ended:
             self._counters["requests_served"] += 1
-            took_s = now - request.started
             self._outlook.after_answer(
-                Answer(request.completion_tokens, request.sequence.limit, took_s)
-            )
+                Answer(
+                    request.completion_tokens, request.sequence.limit,
+                    first_s=request.first_token - request.started,
+                    rest_s=now - request.first_token,
+                )
+            )  # fmt: skip
             self._send(request.ticket, request.result(now))
             self._forget(request)
 

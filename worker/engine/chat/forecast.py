@@ -22,7 +22,12 @@ class Answer:
 
     tokens: int
     allowed: int
-    seconds: float  # from its first pass
+    first_s: float  # from its first pass to its first token
+    rest_s: float  # of the others
+
+    @property
+    def token_s(self) -> float | None:
+        return self.rest_s / (self.tokens - 1) if self.tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,13 @@ def answer_span(pace: Pace, prompt_tokens: int, allowed: int) -> tuple[float, fl
     """
     if not pace.answers:
         return None
-    token_s = [one.seconds / one.tokens for one in pace.answers]
+    first_s = [one.first_s for one in pace.answers]
+    token_s = [one.token_s for one in pace.answers if one.token_s is not None] or [pace.pass_s]
     tokens = [one.tokens for one in pace.answers]
     most = allowed if any(one.tokens >= one.allowed for one in pace.answers) else max(tokens)
-    low = min(*tokens, allowed) * min(token_s)
-    high = prompt_tokens * pace.prompt_token_s + min(most, allowed) * max(token_s)
+    low = min(first_s) + (min(*tokens, allowed) - 1) * min(token_s)
+    high = max(first_s) + (min(most, allowed) - 1) * max(token_s)
+    high += prompt_tokens * pace.prompt_token_s
     return low / SPREAD, high * SPREAD
 
 
