@@ -34,7 +34,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ class Seen:
     alone: list[list[float]] = field(default_factory=list)  # seconds of each answer of each turn
     beside: list[list[float]] = field(default_factory=list)
     load_s: list[float] = field(default_factory=list)
-    statuses: Counter[int] = field(default_factory=Counter)
+    statuses: dict[int, int] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -250,8 +249,10 @@ class _Bench:
 
     def _asked(self, seen: Seen) -> float:
         began = time.perf_counter()
-        seen.statuses[self._client.post("/chat", json=ASK).status_code] += 1
-        return time.perf_counter() - began
+        status = self._client.post("/chat", json=ASK).status_code
+        took = time.perf_counter() - began
+        seen.statuses[status] = seen.statuses.get(status, 0) + 1
+        return took
 
     def _load(self) -> float:
         began = time.perf_counter()

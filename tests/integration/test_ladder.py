@@ -23,10 +23,19 @@ from tests.sdxl_jobs import drawn, reference
 from worker.catalog import ModelSpec, media_catalog
 from worker.config import load_settings
 from worker.engine.casting import cast_layers, rounded
-from worker.engine.leases import Question, alone
+from worker.engine.leases import ALONE, Leases, Question
 from worker.engine.media.course import Course
 from worker.engine.media.embeddings import EmbeddingCache
-from worker.protocol.messages import Failed, JobRendered, LoraUse, RenderParams, Way
+from worker.protocol.messages import (
+    Failed,
+    Hello,
+    JobRendered,
+    LoraUse,
+    Message,
+    RenderParams,
+    Way,
+)
+from worker.vram.broker import Broker
 from worker.vram.ways import EXACTNESS, RELUCTANCE_S, SPLITS
 
 ROOMY = 1 << 34
@@ -61,9 +70,25 @@ class Ladder(Bench):
     """A media engine whose memory can be taken by somebody else, or run out by itself."""
 
     def __init__(self, state_dir: Path, budget: int = ROOMY):
-        super().__init__(state_dir, alone(budget))
+        self.broker = Broker(budget)
+        leases = Leases(self._send)
+        super().__init__(state_dir, leases)
+        leases.take(Hello(peer=ALONE, epoch=self.broker.join(ALONE, 0)))
         self.engine.checkpoint_every_s = 0.0
         self.tried: list[str] = []  # ways of the denoising, as they were granted
+
+    def _send(self, message: Message) -> None:
+        for _, order in self.broker.take(ALONE, message, self.leases.clock()):
+            self.leases.take(order)
+
+    def render(self, model: str, name: str = "job", **more: Any) -> Message:
+        """The last message of one job, after which the ledger has what is there."""
+        reply = super().render(model, name, **more)
+        self.broker.check()
+        for one in self.engine._models.loaded():
+            for tenant in one.parts._tenants:
+                assert self.broker.ledger.held(tenant) == one.parts.held_bytes(tenant), tenant
+        return reply
 
     def model(self, model: str = "demo-image") -> Any:
         return self.engine._models.ensure(model)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tests.card
-from tests.card import HostAccess, Tapes
+from tests.card import HostAccess, Tapes, _is
 from worker.engine.chat.attention import NAME, PagedKV, register
 from worker.engine.chat.cache import blocks_for
 from worker.engine.chat.forward import Forward
@@ -499,6 +499,7 @@ class OnOneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
+        self.computing = 0  # operations that are more than another view
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not tests.card.needs_host(func, args), func
@@ -507,9 +508,12 @@ class OnOneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return tests.card._attend(*args)
         out = func(*args, **(kwargs or {}))
         for one in tree_leaves((args, kwargs, out)):
-            if isinstance(one, torch.Tensor):
+            if _is(one):
                 assert one.device.type == "meta", (func, one.device)
         self.names.append(str(func))
+        given = {tests.card._memory(one) for one in tree_leaves((args, kwargs)) if _is(one)}
+        made = [tests.card._memory(one) for one in tree_leaves(out) if _is(one)]
+        self.computing += func._schema.is_mutable or not given.issuperset(made)
         return out
 
 
@@ -541,3 +545,4 @@ def test_a_pass_touches_nothing_but_its_device_and_torchs_kernel_takes_its_argum
     assert logits.shape == (8, config.vocab_size)
     assert looked.names.count("torch_attn._varlen_attn.default") == 2
     assert looked.names.count("aten.index_copy_.default") == 4
+    assert looked.computing <= 2 * 40 + 21  # docs/decisions/0015 has the numbers

@@ -331,4 +331,4 @@ def test_the_seconds_of_saving_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     busy.submit("b")
     busy.engine.step()
     told = [m for m in busy.outbox.sent if isinstance(m, Progress) and m.phase == "save"]
-    assert told[-1].left_s == pytest.approx(2.0 * 1.025)  # as the last one took
+    assert told[-1].left_s == pytest.approx(2.0)  # as the last one took

@@ -327,6 +327,7 @@ def test_a_budget_for_which_chat_is_too_large_moves_it_for_a_large_picture(known
         (("--job", "image", "--reference", "style"), "needs an ip_adapter"),
         (("--job", "image", "--lora", "x"), "has no LoRA"),
         (("--job", "video_fast", "--lora", "x"), "has no LoRA"),
+        (("--job", "image", "--jobs", "0"), "at least 1"),
         (("--job", "image", "--jobs", "9"), "a batch has at most 6"),
         (("--job", "image", "--jobs", "2", "--exactness", "bit"), "exactness allows close"),
         (("--job", "video_fast", "--jobs", "2"), "share no batch"),

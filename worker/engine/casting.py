@@ -77,8 +77,7 @@ def computing(layer: nn.Module, types: Mapping[str, torch.dtype]) -> list[Remova
 
     return [
         layer.register_forward_pre_hook(before),
-        # First of all: those behind it may add what a LoRA makes, and need no weight of the layer.
-        layer.register_forward_hook(after, prepend=True, always_call=True),
+        layer.register_forward_hook(after, always_call=True),
     ]
 
 

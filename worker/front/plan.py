@@ -19,7 +19,6 @@ from worker.front.admission import Admission
 from worker.front.bodies import read_json
 from worker.front.chat import DEFAULT_MAX_TOKENS, ChatParser, ChatRequest, ChatService
 from worker.jobs.decode import decode_job
-from worker.jsonvalues import within
 from worker.protocol.control import Query
 from worker.protocol.messages import (
     ChatPlanned,
@@ -41,7 +40,6 @@ Ask = Callable[[Query], Message | None]
 # An unknown shape takes some 6 s for the libraries and up to 2 for each of its passes.
 MEASURE_WAIT_S = 20.0
 MAX_PLANNING = 3  # at a time; more are refused, so that they never take the threads of /health
-MAX_JOBS = 100  # of a batch; how many pictures it may have is the profile's
 ENCODE = "encode"  # the phase that a text which was read before does without
 
 
@@ -216,4 +214,4 @@ def _jobs(text: str | None) -> int:
         return 1
     if not text.isdecimal():
         raise InvalidRequest("jobs must be a whole number")
-    return within("jobs", int(text[:9]), 1, MAX_JOBS)
+    return int(text[:9])

@@ -131,7 +131,8 @@ class Planner:
         )
         if job.ignored:
             raise Unsupported(f"{job.type} has no use for {', '.join(job.ignored)}")
-        spec, jobs = self._media.find(job.model), asked.jobs or 1
+        spec = self._media.find(job.model)
+        jobs = 1 if asked.jobs is None else asked.jobs
         adapters = self._jobs.adapters(spec, job.params)
         made = dry_run(
             self._at_start(), ENGINES[1], self._jobs.tenants(spec),
@@ -182,7 +183,7 @@ def show(planner: Planner, asked: Asked, budget: Budget, console: Console) -> bo
     for row in rows:
         for index, phase in enumerate(row.phases):
             job = (f"{row.job} {row.shape}", row.model, row.brings, "")[min(index, 3)]
-            table.add_row(job, *_cells(phase), end_section=index == len(row.phases) - 1)
+            table.add_row(job, *_cells(phase, row.model), end_section=index == len(row.phases) - 1)
     console.print(table)
     for row in rows:
         if not row.fits:
@@ -200,11 +201,11 @@ _COLUMNS = ("job", "phase", "way", "parts", "pass", "left free", "what moves", "
 _NUMBERS = ("pass", "left free", "extra s")
 
 
-def _cells(phase: PhasePlan) -> tuple[str, ...]:
+def _cells(phase: PhasePlan, model: str) -> tuple[str, ...]:
     if phase.refused is not None:
         return phase.name, phase.way, "", gib(phase.peak_bytes), "", "", "", "does not fit"
     moves = [f"{one['move']} {one['tenant']} {gib(one['bytes'])}" for one in phase.moves]
-    names = [one.split(".", 1)[1] for one in phase.tenants]
+    names = [one.removeprefix(f"{model}.") for one in phase.tenants]
     return (
         phase.name,
         phase.way,

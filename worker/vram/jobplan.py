@@ -46,7 +46,7 @@ class JobPlanner:
         the engine refuses the job with, OutOfRange and Unsupported for jobs that share none, and as
         `tenants`.
         """
-        if jobs > 1:
+        if jobs != 1:
             self._require_sharing(spec, params, exactness, jobs)
         shape = self._shape(spec, params)
         alone = self._sizer.media_phases(
@@ -64,6 +64,8 @@ class JobPlanner:
     def _require_sharing(
         self, spec: ModelSpec, params: RenderParams, exactness: str, jobs: int
     ) -> None:
+        if jobs < 1:
+            raise OutOfRange(f"jobs is {jobs}; allowed: at least 1")
         if spec.kind != "sdxl" or params.batch_shape is None:
             raise Unsupported("videos, and jobs with pictures or LoRAs, share no batch")
         if exactness == "bit":

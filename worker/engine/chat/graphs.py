@@ -16,6 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,12 +75,19 @@ class Recorder(Protocol):
         not said; it may be computed more than once. Raises what the work raises."""
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep a workspace for each stream that they ever saw."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
 class CudaRecorder:
     """CUDA graphs. They share one pool of memory, which goes with the last of them."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _side_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -90,10 +98,13 @@ class CudaRecorder:
             work()  # libraries make their handles and workspaces in the first run on a stream
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            work()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                work()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails may leave the other one
         replay: Callable[[], None] = graph.replay  # keeps the graph
         return replay
 
