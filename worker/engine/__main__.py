@@ -78,6 +78,9 @@ def _build(
     from worker.engine.device import open_device
     from worker.engine.peaks import measure
 
+    # Weights are converted on the one thread that loads, which computes alone (worker/engine/
+    # residents.py), and not on four more with helpers each.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     # Progress bars and advice for people at a terminal; this output is a log file.
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()

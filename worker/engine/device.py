@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -32,6 +33,19 @@ def open_device(wanted: str, threads: int) -> torch.device:
         raise ConfigError('[daemon] device is "cuda" and torch finds no usable NVIDIA card')
     on_card = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if on_card else "cpu")
+
+
+def compute_alone() -> None:
+    """Have torch compute in this thread without helpers, and in all others as before.
+
+    Each thread that computes has helpers of its own. OpenMP lets none of them wait actively once
+    there are more than processors, and the passes of the other threads then take longer.
+    """
+    torch.get_num_threads()  # gives a new thread its number, which would come after ours otherwise
+    # torch.set_num_threads would change what later threads have. Where torch does not use this
+    # OpenMP, the thread keeps its helpers, which costs some time and nothing else.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).omp_set_num_threads(1)
 
 
 def release_cache(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from worker.catalog import ModelSpec
-from worker.engine.device import release_cache
+from worker.engine.device import compute_alone, release_cache
 from worker.engine.host import Report
 from worker.errors import ModelUnavailable, OutOfHostMemory
 from worker.modelfiles import check_files, require_files, weight_bytes
@@ -63,6 +63,7 @@ class _Coming:
         # Behind the passes of the models that are there, where they compute on the same processor.
         if sys.platform == "linux":  # elsewhere a priority is the whole process's
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
+        compute_alone()
         try:
             self.model = load()
         except Exception as exc:  # for the engine thread, which raises it

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.engine.media.standing_in import standing_in
+
 # Called after denoise step `step` (from 1) with the latents that it made; may raise to end the
 # denoising.
 OnStep = Callable[[int, torch.Tensor], None]
@@ -215,15 +217,8 @@ def _idle(denoiser: nn.Module) -> Iterator[None]:
         batch, width, *rest = sample.shape
         return (sample.new_zeros(1).expand(batch, channels or width, *rest),)
 
-    before = vars(denoiser).get("forward")
-    vars(denoiser)["forward"] = zeros
-    try:
+    with standing_in(denoiser, zeros):
         yield
-    finally:
-        if before is None:
-            del vars(denoiser)["forward"]
-        else:
-            vars(denoiser)["forward"] = before
 
 
 def _predicts_the_end(config: Any) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.engine.media.standing_in import standing_in
+
 
 @contextmanager
 def halved(denoiser: nn.Module) -> Iterator[None]:
@@ -34,15 +36,8 @@ def halved(denoiser: nn.Module) -> Iterator[None]:
         ]
         return (torch.cat(made),)
 
-    before = vars(denoiser).get("forward")
-    vars(denoiser)["forward"] = in_halves
-    try:
+    with standing_in(denoiser, in_halves):
         yield
-    finally:
-        if before is None:
-            del vars(denoiser)["forward"]
-        else:
-            vars(denoiser)["forward"] = before
 
 
 def _rows(value: Any, batch: int, rows: slice) -> Any:
