@@ -15,8 +15,8 @@ With --shared N nothing is compared with the pipeline: N jobs of one picture of 
 another job, and are timed from its end to that of the last of them, made alone (exactness bit) and
 in one batch (close).
 
-Prints a table of seconds (median, spread, ratio) and whether the bytes of both files' pixels are
-the same; writes JSON. Exit codes: 0 measured; 1 pixels differ; 2 usage; 130 interrupted.
+Prints a table of seconds and of ratios, of each round, and whether the bytes of both files' pixels
+are the same; writes JSON. Exit codes: 0 measured; 1 pixels differ; 2 usage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -199,12 +199,21 @@ def _measured(url: str, direct: Connection, rounds: int, console: Console) -> li
         {
             **asdict(case),
             "seconds": seconds[case.name],
-            "ratio": statistics.median(seconds[case.name]["daemon"])
-            / statistics.median(seconds[case.name]["direct"]),
+            "ratios": _ratios(seconds[case.name]),
             "same_pixels": len(pixels[case.name]) == rounds,
         }
         for case in CASES
     ]
+
+
+def _ratios(seconds: dict[str, list[float]]) -> list[float]:
+    """Of each round: both runs of the daemon against both direct ones, between which they were. So
+    what the machine does for some seconds counts for both sides."""
+    pairs = {
+        side: [a + b for a, b in zip(times[::2], times[1::2], strict=True)]
+        for side, times in seconds.items()
+    }
+    return [ours / direct for ours, direct in zip(pairs["daemon"], pairs["direct"], strict=True)]
 
 
 def _shared(url: str, jobs: int, rounds: int) -> dict[str, Any]:
@@ -343,13 +352,14 @@ def _print(seen: list[dict[str, Any]], console: Console) -> None:
     for column in ("case", *SIDES, "ratio", "same pixels"):
         table.add_column(column)
     for one in seen:
-        cells = [
-            f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
-            for times in (one["seconds"][side] for side in SIDES)
-        ]
+        cells = [_spread(one["seconds"][side]) for side in SIDES]
         same = "yes" if one["same_pixels"] else "NO"
-        table.add_row(one["name"], *cells, f"{one['ratio']:.3f}", same)
+        table.add_row(one["name"], *cells, _spread(one["ratios"]), same)
     console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -337,7 +337,20 @@ def test_without_any_set_a_token_is_not_called_wrong() -> None:
         "text",
         None,
     ],
-    ids=str,
+    # Not of the keys themselves, which are others each time.
+    ids=[
+        "symmetric",
+        "for encryption",
+        "another curve",
+        "a number as id",
+        "a long id",
+        "private",
+        "off the curve",
+        "tiny",
+        "empty",
+        "a text",
+        "null",
+    ],
 )
 def test_a_key_that_should_not_be_there_is_left_out(bad: Any) -> None:
     with warnings.catch_warnings():

@@ -43,6 +43,23 @@ def test_a_packed_layer_computes_what_the_plain_one_computes(
     torch.testing.assert_close(found, right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_with_kernels_a_packed_layer_runs_without_python(kernels: None, dtype: torch.dtype) -> None:
+    if not can_pack(dtype):
+        pytest.skip("this processor has no kernels for the type")
+    layer = PackedLinear(nn.Linear(64, 96, dtype=dtype))
+    x = torch.randn(3, 64, dtype=dtype)
+    seen: set[str] = set()
+    sys.setprofile(lambda frame, event, _: seen.add(frame.f_code.co_name))
+    try:
+        torch.ops.verbatim.linear.default(x, layer._weight, layer._bias, 96)
+    finally:
+        sys.setprofile(None)
+
+    assert "_packed" not in seen and "__call__" in seen
+
+
 def test_no_other_processor_or_type_is_packed() -> None:
     assert not can_pack(torch.float64)
     assert not can_pack(torch.float16)

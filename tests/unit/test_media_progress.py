@@ -36,8 +36,8 @@ class Tracked:
         self.now = 100.0
         self.outbox = Outbox()
         params = RenderParams(
-            prompt="x", negative_prompt=None, width=64, height=32, steps=4, guidance_scale=5.0,
-            seed=0, **({"num_images": 2} | more),
+            prompt="x", negative_prompt=None, width=64, height=32, guidance_scale=5.0, seed=0,
+            **({"steps": 4, "num_images": 2} | more),
         )  # fmt: skip
         job = RenderJob(request_id="j", model="m", output="image", params=params, staging_dir="/x")
         self.track = Track(
@@ -132,3 +132,30 @@ def test_steps_are_those_that_are_computed() -> None:
     job = Tracked(mode="image", strength=0.5, num_images=3)
 
     assert job.track.steps == 6
+
+
+def test_quick_steps_are_told_ten_times_a_second_and_the_last_one_and_previews_always() -> None:
+    job = Tracked(steps=40, num_images=1)
+    job.track.phase("denoise")
+    job.track.denoises(0)
+
+    job.steps(*[0.03] * 38)
+    told = [one.step for one in job.outbox.sent[1:]]
+    job.track.step(39, b"a preview")
+    job.track.step(40)
+
+    assert told == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert [(one.step, one.preview) for one in job.outbox.sent[-2:]] == [
+        (39, b"a preview"), (40, b""),
+    ]  # fmt: skip
+
+
+def test_steps_that_are_not_told_count_for_the_pace() -> None:
+    job = Tracked(steps=40, num_images=1)
+    job.track.phase("denoise")
+    job.track.denoises(0)
+
+    job.steps(0.02, 0.02, 0.02, 0.03, 0.04)
+
+    assert [one.step for one in job.outbox.sent[1:]] == [5]
+    assert job.last.left_s == pytest.approx(35 * 0.02)

@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,7 +29,6 @@ from worker.protocol.messages import (
 )
 from worker.protocol.transport import make_run_dir, run_dir
 from worker.supervisor.budget import Budget, budget_of
-from worker.supervisor.child import Child
 from worker.supervisor.guests import BothWires, Guests
 from worker.supervisor.lender import Lender
 from worker.supervisor.logs import ChildLogs
@@ -176,6 +175,8 @@ class _Daemon:
         return self._report(now, query.request_id)
 
     def _report(self, now: float, request_id: str = "") -> StatusReport:
+        children = self._supervisor.children
+        rss = rss_bytes(child.process.pid for child in children if child.process is not None)
         return StatusReport(
             request_id=request_id,
             pid=os.getpid(),
@@ -183,7 +184,8 @@ class _Daemon:
             status=self._supervisor.status(),
             uptime_s=now - self._started,
             children=tuple(
-                child.report(now, rss_bytes(child)) for child in self._supervisor.children
+                child.report(now, rss.get(child.process.pid, 0) if child.process is not None else 0)
+                for child in children
             ),
         )
 
@@ -202,16 +204,23 @@ class _EngineMemory:
         self._lender.ended(name, now)
 
 
-def rss_bytes(child: Child) -> int:
-    """Resident bytes of a child and of its own children (gunicorn's worker)."""
-    if child.process is None:
-        return 0
-    try:
-        process = psutil.Process(child.process.pid)
-        family = [process, *process.children(recursive=True)]
-        return sum(one.memory_info().rss for one in family)
-    except psutil.Error:  # it ended between two looks; the next tick reaps it
-        return 0
+def rss_bytes(pids: Iterable[int]) -> dict[int, int]:
+    """Resident bytes of each of these children and of its own ones (gunicorn's workers), by pid.
+
+    All of them in one look: psutil reads the whole of /proc for each.
+    """
+    found = dict.fromkeys(pids, 0)
+    parents, sizes = {}, {}
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended between two looks
+            parents[one.pid], sizes[one.pid] = one.ppid(), one.memory_info().rss
+    for pid, size in sizes.items():
+        owner: int | None = pid
+        while owner is not None and owner not in found:
+            owner = parents.get(owner)
+        if owner is not None:
+            found[owner] += size
+    return found
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import msgspec
 from worker.catalog import ModelSpec
 from worker.config import REPOSITORY
 from worker.errors import ModelUnavailable, WorkerError
+from worker.versions import version_of
 from worker.vram.peak import Peak, Question
 from worker.vram.phases import Phase
 
@@ -37,7 +37,7 @@ ARCHITECTURES = REPOSITORY / "configs" / "architectures"
 
 def content_key(question: Question) -> str:
     """Content and everything that computes: another version may hold other tensors."""
-    versions = [version(name) for name in ("torch", "diffusers", "transformers")]
+    versions = [version_of(name) for name in ("torch", "diffusers", "transformers")]
     body = json.dumps([msgspec.to_builtins(question), versions], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 

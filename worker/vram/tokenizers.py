@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer
 
 from worker.catalog import ModelSpec
 from worker.errors import ModelUnavailable, WorkerError
+from worker.versions import version_of
 from worker.vram.texts import Reader
 
 EXPORT_TIMEOUT_S = 120.0
@@ -89,7 +89,7 @@ def _count(tokenizer: Tokenizer, text: str) -> int:
 
 def _content_key(folder: Path) -> str:
     """Content of the files, and what reads them."""
-    digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
+    digest = hashlib.sha256(f"{version_of('transformers')} {version_of('tokenizers')}".encode())
     files = [folder / "model_index.json"]
     for name in NAMES:
         files += sorted(one for one in (folder / name).iterdir() if one.is_file())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
@@ -91,31 +91,57 @@ class PagedKV:
         for one in self._all():
             one.index_fill_(self._dim, at, 0)
 
-    def resize(self, blocks: int, moves: dict[int, int]) -> None:
+    def resize(self, blocks: int, moves: Mapping[int, int]) -> None:
         """Another number of blocks; moves: old number -> new number of each that is kept.
 
-        Layer by layer, so that no more than one is held twice.
+        Layer by layer, so that no more than one is held twice. A pool can always shrink. Raises
+        torch.OutOfMemoryError where it cannot grow, and is then as it was.
         """
-        device = self.device
+        before, done = self.blocks, []
+        try:
+            for group in (self.keys, self.values):
+                for layer in range(len(group)):
+                    self._replace(group, layer, blocks, moves)
+                    done.append((group, layer))
+        except torch.OutOfMemoryError:
+            back = {new: old for old, new in moves.items()}
+            for group, layer in done:
+                self._replace(group, layer, before, back)
+            raise
+        self.blocks = blocks
+
+    def _replace(
+        self, group: list[torch.Tensor], layer: int, blocks: int, moves: Mapping[int, int]
+    ) -> None:
+        """The same for one layer's keys or values."""
+        old, dim = group[layer], self._dim
+        shape, dtype, device = list(old.shape), old.dtype, old.device
+        shape[dim] = self._lying(blocks)
         source, target = (
             torch.tensor(list(part), dtype=torch.long, device=device)
             for part in (moves.keys(), moves.values())
         )
-        for group in (self.keys, self.values):
-            for layer in range(len(group)):
-                old = group[layer]
-                shape = list(old.shape)
-                shape[self._dim] = self._lying(blocks)
-                new = _zeros(shape, old.dtype, device)
-                if moves:
-                    new.index_copy_(self._dim, target, old.index_select(self._dim, source))
-                group[layer] = new
-                del old
-                if device.type == "cuda":
-                    # Else torch cuts the next layer out of what this one has left, and the rest
-                    # of that goes back to nobody.
-                    torch.cuda.empty_cache()
-        self.blocks = blocks
+        try:
+            new = _zeros(shape, dtype, device)
+            if moves:
+                new.index_copy_(dim, target, old.index_select(dim, source))
+        except torch.OutOfMemoryError:
+            if shape[dim] > old.shape[dim]:
+                raise
+            new = torch.empty(0)  # and what there is of it goes
+            kept = [old.select(dim, block).to("cpu", copy=True) for block in moves]
+            group[layer], old = new, new  # its own bytes are enough
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            new = _zeros(shape, dtype, device)
+            for block, content in zip(moves.values(), kept, strict=True):
+                new.select(dim, block).copy_(content)
+        group[layer] = new
+        del old
+        if device.type == "cuda":
+            # Else torch cuts the next layer out of what this one has left, and the rest of that
+            # goes back to nobody.
+            torch.cuda.empty_cache()
 
     def _lying(self, blocks: int) -> int:
         return blocks + 1 if self.pages and blocks else blocks

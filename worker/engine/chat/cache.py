@@ -141,14 +141,24 @@ class BlockPool:
         self._free += self._cached
         self._cached.clear()
 
+    @property
+    def filled(self) -> list[int]:
+        """Blocks that are used or cached."""
+        return [*self._users, *self._cached]
+
     def resize(self, count: int) -> dict[int, int]:
-        """Another number of blocks. Returns old number -> new number of every used block.
+        """Another number of blocks. Returns old number -> new number of every filled block that is
+        kept; in a pool that grows they are the same.
 
         Cached blocks are kept as far as there is room, the most recent ones. The caller has seen
         that `used` is at most `count`.
         """
         if count < self.used:
             raise ValueError(f"{self.used} blocks are used, more than {count}")
+        if count >= self.count:
+            self._free[:0] = range(count - 1, self.count - 1, -1)
+            self.count = count
+            return {block: block for block in self.filled}
         while self.used + self.cached > count:
             self._evict()
         moves = {old: new for new, old in enumerate([*sorted(self._users), *self._cached])}

@@ -277,5 +277,9 @@ TORCH_LIBRARY_FRAGMENT(verbatim, library) {
 
 TORCH_LIBRARY_IMPL(verbatim, CPU, library) {
   library.impl("decode", decode);
+}
+
+// Packed weights have a backend of their own, and it goes before that of x.
+TORCH_LIBRARY_IMPL(verbatim, MkldnnCPU, library) {
   library.impl("linear", linear);
 }

@@ -82,12 +82,20 @@ class Runner:
 
     @torch.inference_mode()
     def resize(self, scheduler: Scheduler, pool: BlockPool, blocks: int) -> None:
-        """Another number of blocks in the pool; sequences that no longer fit are parked."""
+        """Another number of blocks in the pool; sequences that no longer fit are parked.
+
+        Raises torch.OutOfMemoryError where it cannot grow; nothing has changed then.
+        """
+        self.forget_graphs()
+        if blocks > pool.count:
+            # Before anything is promised: whoever gets a block gets one that is there.
+            self._kv.resize(blocks, {block: block for block in pool.filled})
+            pool.resize(blocks)
+            return
         for sequence, had in scheduler.shrink_to(blocks):
             self.park(sequence, had)
         moves = pool.resize(blocks)
         scheduler.moved(moves)
-        self.forget_graphs()
         self._kv.resize(blocks, moves)
 
     def forget_graphs(self) -> None:

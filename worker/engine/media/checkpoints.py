@@ -15,7 +15,6 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from worker.engine.media.course import CheckpointRefused, Kept, Snapshot, laid_o
 from worker.modelfiles import file_sha256
 from worker.protocol.messages import Reference, RenderParams
 from worker.receipt import canonical_json
+from worker.versions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def configs_sha256(spec: ModelSpec) -> str:
 def versions() -> dict[str, str]:
     """Of what computes: another one may round another way."""
     names = ("torch", "diffusers", "transformers")
-    return {"worker": __version__, **{name: version(name) for name in names}}
+    return {"worker": __version__, **{name: version_of(name) for name in names}}
 
 
 def write(path: Path, checkpoint: Checkpoint, fingerprint: str) -> None:

@@ -12,12 +12,13 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from worker.versions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def computed_on(device: torch.device) -> dict[str, object]:
 
 def embedding_key(**decides: object) -> str:
     """A name for embeddings. decides: everything that the result depends on, as JSON values."""
-    versions = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+    versions = {name: version_of(name) for name in ("torch", "transformers", "diffusers")}
     body = json.dumps({**decides, "versions": versions}, sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 

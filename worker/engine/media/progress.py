@@ -13,6 +13,9 @@ from worker.vram.pace import Paces
 from worker.vram.planner import shape_of
 
 KEPT_STEPS = 8  # whose median is the pace of the next ones
+# Between two steps that are told, at the least. Each wakes three processes for half a millisecond,
+# on a CPU on the cores that denoise: told one by one, steps of 20 ms took 4 % longer.
+TELL_EVERY_S = 0.1
 
 
 def seconds_left(steps_left: int, step_s: Sequence[float], after_s: float | None) -> float | None:
@@ -50,6 +53,7 @@ class Track:
         self._phase: str | None = None
         self._since = clock()
         self._stepped_at: float | None = None
+        self._told_at = -math.inf
         self._at_once = 1  # pictures that a step is one of
         self._step_s: deque[float] = deque(maxlen=KEPT_STEPS)
 
@@ -70,13 +74,16 @@ class Track:
             self._tell()
 
     def step(self, step: int, preview: bytes = b"") -> None:
-        """Step `step` of the current image is done."""
+        """Step `step` of the current image is done. Told if it is its last one, has a preview, or
+        none was told for TELL_EVERY_S."""
         now = self._clock()
         if self._stepped_at is not None:
             self._step_s.append((now - self._stepped_at) / self._at_once)
         self._stepped_at = now
         self.done = self.image * self._job.params.passes + step * self._at_once
-        self._tell(preview)
+        is_last = step >= self._job.params.passes
+        if preview or is_last or now - self._told_at >= TELL_EVERY_S:
+            self._tell(preview)
 
     def end(self) -> None:
         """The current phase is over."""
@@ -86,6 +93,7 @@ class Track:
         self._since = now
 
     def _tell(self, preview: bytes = b"") -> None:
+        self._told_at = self._clock()
         self._outbox.send(
             self._ticket,
             Progress(
