@@ -9,6 +9,7 @@ import pytest
 from tests.integration.daemon import Daemon, running_daemon
 from worker.catalog import chat_catalog, media_catalog
 from worker.config import load_settings
+from worker.engine.media import progress
 from worker.modelfiles import check_files
 
 
@@ -19,6 +20,12 @@ def demo_models() -> None:
     problems = [problem for spec in specs for problem in check_files(spec)]
     if problems:
         pytest.fail(f"the demo models are not there: {problems[0]}", pytrace=False)
+
+
+@pytest.fixture
+def every_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By engines in this process, however quick they are."""
+    monkeypatch.setattr(progress, "TELL_EVERY_S", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,9 @@ def test_jobs_of_a_batch_get_the_pictures_of_their_jobs_alone(
     assert steps == 4  # for all of them
 
 
-def test_each_of_two_jobs_hears_of_its_own_steps_and_pictures(bench: Batches) -> None:
+def test_each_of_two_jobs_hears_of_its_own_steps_and_pictures(
+    bench: Batches, every_step_is_told: None
+) -> None:
     done = bench.done_together({"a": PARAMS, "b": changed(num_images=3, **OTHER)})
 
     assert [*dict.fromkeys(bench.told("a"))] == [0, 1, 2, 3, 4]

@@ -423,7 +423,9 @@ def jobs(one_engine: Jobs) -> Jobs:
     return one_engine
 
 
-def test_a_job_of_several_pictures_goes_on_where_it_was(jobs: Jobs) -> None:
+def test_a_job_of_several_pictures_goes_on_where_it_was(
+    jobs: Jobs, every_step_is_told: None
+) -> None:
     params = with_changes(IMAGE, steps=2, num_images=3, scheduler="euler_a")
     whole = jobs.done("demo-image", "whole", params=params)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.chat.forecast import Answer, Forecast, Pace, Work, forecast
+from worker.engine.chat.forecast import Answer, Forecast, Growth, Pace, Work, forecast
 
 PACE = Pace(pass_s=0.01, prompt_token_s=0.001)
 
@@ -105,3 +106,57 @@ def test_a_prompt_that_took_less_than_a_pass_costs_nothing_and_never_less() -> N
     pace = Pace(pass_s=0.05).after_pass(0.02, 10)
 
     assert pace.prompt_token_s == 0.0
+
+
+def grown(first: int, last: int, token_s: float, passes: int = 300) -> Growth:
+    """After passes of 64 rows whose contexts go evenly from `first` to `last` tokens."""
+    growth = Growth()
+    for number in range(passes):
+        context = first + (last - first) * number // (passes - 1)
+        growth = growth.after_pass(0.02 + token_s * context, 64, context)
+    return growth
+
+
+def test_what_a_token_of_context_adds_is_learned_from_contexts_that_differ() -> None:
+    assert 0.75e-6 < grown(1000, 20_000, 1e-6).token_s < 1e-6
+    # Much alike: nothing is made of the noise.
+    assert grown(10_000, 10_100, 1e-3).token_s < 1e-6
+    assert grown(10_000, 10_000, 0).token_s == pytest.approx(0, abs=1e-12)
+    assert grown(1000, 20_000, -1e-7).token_s == 0
+    assert Growth().token_s == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_more_rows_cost_is_not_taken_for_what_their_context_costs(seed: int) -> None:
+    """Each row costs as much as 1,000 tokens of context."""
+    chance, growth = random.Random(seed), Growth()
+    for _ in range(2000):
+        rows = chance.randint(1, 64)
+        context = sum(chance.randint(50, 400) for _ in range(rows))
+        seconds = 0.01 + 1e-3 * rows + 1e-6 * context
+        growth = growth.after_pass(seconds * chance.uniform(0.95, 1.05), rows, context)
+
+    assert growth.token_s < 3e-6
+
+
+def test_passes_become_longer_while_contexts_grow() -> None:
+    growth = grown(1000, 20_000, 1e-6)
+    pace = Pace(pass_s=0.02, growth=growth)
+    running = [Work(0, 0, 100, context=50), Work(0, 0, 300, context=50)]
+
+    found = forecast(running, [], 2, pace)
+
+    # Two tokens more in each of 100 passes.
+    assert found.first_end_s == pytest.approx(100 * 0.02 + growth.token_s * 2 * 100**2 / 2)
+    assert found.first_end_s > 100 * 0.02
+
+
+def test_whoever_ends_takes_his_context_with_him_but_no_pass_is_free() -> None:
+    growth = grown(1000, 20_000, 1e-6)
+    pace = Pace(pass_s=0.02, growth=growth)
+    running = [Work(0, 0, 1, context=10**7), Work(0, 0, 101, context=0)]
+
+    found = forecast(running, [Work(0, 0, 1000), Work(0, 0, 1000)], 2, pace)
+
+    assert found.first_end_s == pytest.approx(0.02, rel=0.01)
+    assert found.begin_s == pytest.approx(0.02 + 100 * 0.01 + 901 * 0.01, rel=0.01)

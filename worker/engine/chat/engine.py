@@ -239,7 +239,10 @@ class ChatEngine:
         """Send what the tokens of a pass mean: text, together for each peer, and then ends."""
         now = self._clock()
         # Models take turns, so for each of them a pass lasts as long as one of all of them.
-        self._outlook.after_pass((now - turn.began) * self._turns.models, turn.prompt_tokens)
+        self._outlook.after_pass(
+            (now - turn.began) * self._turns.models,
+            turn.prompt_tokens, len(turn.pieces), turn.context,
+        )  # fmt: skip
         texts: dict[Peer, list[Token]] = {}
         ended = []
         for piece, token in drawn:

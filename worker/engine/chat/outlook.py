@@ -22,8 +22,8 @@ class Outlook:
         self._forecast = Forecast()
         self._until = 0.0
 
-    def after_pass(self, seconds: float, prompt_tokens: int) -> None:
-        self._pace = self._pace.after_pass(seconds, prompt_tokens)
+    def after_pass(self, seconds: float, prompt_tokens: int, rows: int, context: int) -> None:
+        self._pace = self._pace.after_pass(seconds, prompt_tokens, rows, context)
 
     def after_answer(self, answer: Answer) -> None:
         self._pace = self._pace.after_answer(answer)
@@ -58,7 +58,7 @@ class Outlook:
 def _work(sequence: TokenSequence) -> Work:
     done = len(sequence.ids) - sequence.prompt_tokens
     left = 0 if done else sequence.prompt_tokens - sequence.computed
-    return Work(prompt_tokens=left, done=done, allowed=sequence.limit)
+    return Work(prompt_tokens=left, done=done, allowed=sequence.limit, context=len(sequence.ids))
 
 
 def _new_work(arrival: Arrival) -> Work:

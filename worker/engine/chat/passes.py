@@ -46,6 +46,11 @@ class Pass:
         """Before its tokens are taken."""
         return sum(one.end - one.begin for one in self.pieces if not one.sequence.decoding)
 
+    @property
+    def context(self) -> int:
+        """Tokens that its pieces attend to."""
+        return sum(one.end for one in self.pieces)
+
 
 class Passes:
     """Moves, computes and draws for the requests in work. Engine thread only."""
