@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -122,16 +123,16 @@ def edit(database: Database, word: str) -> int:
         return int(connection.scalar(text("SELECT revision FROM config_state")) or 0)
 
 
-class Place:
+class Place(ABC):
     """A database that a test owns and can take away and bring back."""
 
     url: str
 
-    def take_away(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def take_away(self) -> None: ...
 
-    def bring_back(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def bring_back(self) -> None: ...
 
     @contextmanager
     def opened(self) -> Iterator[Database]:

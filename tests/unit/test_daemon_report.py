@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -29,6 +31,8 @@ def test_a_child_is_counted_with_its_own_children_and_apart_from_others() -> Non
     with started() as first, started() as second:
         assert first.stdout is not None and second.stdout is not None
         grandchild, _ = int(first.stdout.readline()), second.stdout.readline()
+        for pid in (first.pid, grandchild):  # so that both looks see the same
+            os.kill(pid, signal.SIGSTOP)
 
         found = rss_bytes([first.pid, 1])
 

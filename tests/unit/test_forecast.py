@@ -90,12 +90,12 @@ def test_it_is_what_a_simulation_pass_by_pass_finds(
 
 
 def test_the_pace_follows_what_is_seen_and_forgets_slowly() -> None:
-    pace = Pace().after_pass(0.02, 0)
+    pace = Pace().after_pass(0.02, 0, 1, 50)
     assert pace.pass_s == 0.02
-    pace = pace.after_pass(0.12, 100)
+    pace = pace.after_pass(0.12, 100, 1, 50)
     assert (pace.pass_s, pace.prompt_token_s) == (0.02, pytest.approx(0.001))
     for _ in range(60):
-        pace = pace.after_pass(0.04, 0)
+        pace = pace.after_pass(0.04, 0, 1, 50)
     assert pace.pass_s == pytest.approx(0.04, rel=0.01)
     for _ in range(60):
         pace = pace.after_answer(Answer(25, 100, 0.1, 1.0))
@@ -103,7 +103,7 @@ def test_the_pace_follows_what_is_seen_and_forgets_slowly() -> None:
 
 
 def test_a_prompt_that_took_less_than_a_pass_costs_nothing_and_never_less() -> None:
-    pace = Pace(pass_s=0.05).after_pass(0.02, 10)
+    pace = Pace(pass_s=0.05).after_pass(0.02, 10, 1, 50)
 
     assert pace.prompt_token_s == 0.0
 

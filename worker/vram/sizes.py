@@ -20,7 +20,7 @@ import msgspec
 from worker.catalog import ModelSpec
 from worker.config import REPOSITORY
 from worker.errors import ModelUnavailable, WorkerError
-from worker.versions import version_of
+from worker.versions import computing
 from worker.vram.peak import Peak, Question
 from worker.vram.phases import Phase
 
@@ -37,8 +37,7 @@ ARCHITECTURES = REPOSITORY / "configs" / "architectures"
 
 def content_key(question: Question) -> str:
     """Content and everything that computes: another version may hold other tensors."""
-    versions = [version_of(name) for name in ("torch", "diffusers", "transformers")]
-    body = json.dumps([msgspec.to_builtins(question), versions], sort_keys=True)
+    body = json.dumps([msgspec.to_builtins(question), [*computing().values()]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 

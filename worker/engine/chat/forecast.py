@@ -73,9 +73,7 @@ class Pace:
     share: float = 1.0  # of the tokens that were allowed, how many came; 0 to 1
     answers: tuple[Answer, ...] = ()  # the last ones
 
-    def after_pass(
-        self, seconds: float, prompt_tokens: int, rows: int = 1, context: int = 1
-    ) -> Pace:
+    def after_pass(self, seconds: float, prompt_tokens: int, rows: int, context: int) -> Pace:
         """With one more pass, which took `seconds`. rows: sequences. context: tokens that they
         attended to, one at the least each."""
         if not prompt_tokens:

@@ -29,7 +29,7 @@ from worker.engine.media.course import CheckpointRefused, Kept, Snapshot, laid_o
 from worker.modelfiles import file_sha256
 from worker.protocol.messages import Reference, RenderParams
 from worker.receipt import canonical_json
-from worker.versions import version_of
+from worker.versions import computing
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def configs_sha256(spec: ModelSpec) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computes: another one may round another way."""
-    names = ("torch", "diffusers", "transformers")
-    return {"worker": __version__, **{name: version_of(name) for name in names}}
+    return {"worker": __version__, **computing()}
 
 
 def write(path: Path, checkpoint: Checkpoint, fingerprint: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from worker.versions import version_of
+from worker.versions import computing
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,7 @@ def computed_on(device: torch.device) -> dict[str, object]:
 
 def embedding_key(**decides: object) -> str:
     """A name for embeddings. decides: everything that the result depends on, as JSON values."""
-    versions = {name: version_of(name) for name in ("torch", "transformers", "diffusers")}
-    body = json.dumps({**decides, "versions": versions}, sort_keys=True)
+    body = json.dumps({**decides, "versions": computing()}, sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 

@@ -13,8 +13,8 @@ from worker.vram.pace import Paces
 from worker.vram.planner import shape_of
 
 KEPT_STEPS = 8  # whose median is the pace of the next ones
-# Between two steps that are told, at the least. Each wakes three processes for half a millisecond,
-# on a CPU on the cores that denoise: told one by one, steps of 20 ms took 4 % longer.
+# Between two steps that are told, at the least. Each costs the runner and the front a millisecond
+# together, on a CPU on the cores that denoise (docs/performance.md).
 TELL_EVERY_S = 0.1
 
 

@@ -36,7 +36,7 @@ from worker.engine.residents import Residents
 from worker.errors import Cancelled, OutOfDeviceMemory
 from worker.protocol.messages import PhaseWays
 from worker.receipt import text_sha256
-from worker.versions import version_of
+from worker.versions import computing
 from worker.vram.phases import DENOISERS, Phase
 from worker.vram.planner import batch_ways, phase_ways, shape_of
 from worker.vram.sizes import Peaks
@@ -175,7 +175,7 @@ class Renderer:
             "device": str(self._device),
             # Sums are split over threads, so another count may round another way.
             "cpu_threads": torch.get_num_threads() if self._device.type == "cpu" else None,
-            "versions": {name: version_of(name) for name in ("torch", "diffusers", "transformers")},
+            "versions": computing(),
             "exactness": least_exact(one["exactness"] for one in run.taken),
             "plan": run.taken,
             "embeddings": run.embeddings,
